@@ -1,0 +1,244 @@
+"""The HTTP application: OpenAI's paths, health, metrics and status over a :class:`Service`."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from blaze.api import translate
+from blaze.api.schemas import ChatCompletionRequest, CompletionRequest, ImageGenerationRequest, parse
+from blaze.api.service import ModelCard, Service
+from blaze.api.sse import ChunkWriter, sse
+from blaze.errors import (
+    BlazeError,
+    EngineFailure,
+    ErrorInfo,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    PayloadTooLarge,
+    RemoteError,
+)
+from blaze.routing.dispatcher import RoutedStream
+from blaze.types import Failed, Request
+
+logger = logging.getLogger(__name__)
+
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+def create_app(service: Service, *, max_body_bytes: int, echo_request_id: bool = True) -> ASGIApp:
+    """``echo_request_id``: False where the server around it already answers with ``x-request-id``."""
+    endpoints = _Endpoints(service, max_body_bytes)
+    routes = [
+        Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
+        Route("/v1/completions", endpoints.completions, methods=["POST"]),
+        Route("/v1/images/generations", endpoints.image_generations, methods=["POST"]),
+        Route("/v1/models", endpoints.models),
+        Route("/v1/models/{name:path}", endpoints.model),
+        Route("/health", endpoints.health),
+        Route("/ready", endpoints.ready),
+        Route("/metrics", endpoints.metrics),
+        Route("/api/v1/blaze/status", endpoints.status),
+    ]
+    handlers: dict[Any, Any] = {
+        BlazeError: _blaze_error,
+        HTTPException: _http_error,
+        Exception: _unexpected_error,
+    }
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    return _Headers(app, echo_request_id=echo_request_id)
+
+
+class _Headers:
+    """Gives every request an id, and every response the headers that name it and its replica."""
+
+    def __init__(self, app: ASGIApp, *, echo_request_id: bool) -> None:
+        self._app = app
+        self._echo_request_id = echo_request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["blaze.request_id"] = request_id = _request_id(scope)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = message["headers"]
+                if self._echo_request_id:
+                    headers.append((b"x-request-id", request_id.encode("ascii")))
+                replica = scope.get("blaze.replica")
+                if replica is not None:
+                    headers.append((b"x-blaze-replica", replica.encode("utf-8")))
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's own, when it is one that can go into a header and a log; else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            given: str = value.decode("latin-1")
+            if _REQUEST_ID.fullmatch(given):
+                return given
+    return uuid.uuid4().hex
+
+
+class _Endpoints:
+    def __init__(self, service: Service, max_body_bytes: int) -> None:
+        self._service = service
+        self._max_body_bytes = max_body_bytes
+
+    # --- Text ---------------------------------------------------------------------------------------
+
+    async def chat_completions(self, http: HTTPRequest) -> Response:
+        body = parse(ChatCompletionRequest, await self._read(http))
+        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+        stream = await self._open(http, translate.chat_request(body, http.scope["blaze.request_id"]))
+        created = int(time.time())
+        if body.stream:
+            writer = ChunkWriter("chat", answer_id, body.model, created, usage=body.wants_usage)
+            return _EventStream(stream, writer)
+        answer = await _collect(stream)
+        return JSONResponse(translate.chat_object(answer, answer_id, body.model, created))
+
+    async def completions(self, http: HTTPRequest) -> Response:
+        body = parse(CompletionRequest, await self._read(http))
+        answer_id = f"cmpl-{uuid.uuid4().hex}"
+        stream = await self._open(http, translate.completion_request(body, http.scope["blaze.request_id"]))
+        created = int(time.time())
+        if body.stream:
+            writer = ChunkWriter("completion", answer_id, body.model, created, usage=body.wants_usage)
+            return _EventStream(stream, writer)
+        answer = await _collect(stream)
+        return JSONResponse(translate.completion_object(answer, answer_id, body.model, created))
+
+    # --- Images -------------------------------------------------------------------------------------
+
+    async def image_generations(self, http: HTTPRequest) -> Response:
+        body = parse(ImageGenerationRequest, await self._read(http))
+        stream = await self._open(http, translate.image_request(body, http.scope["blaze.request_id"]))
+        answer = await _collect(stream)
+        return JSONResponse(translate.images_object(answer, int(time.time())))
+
+    # --- About the service --------------------------------------------------------------------------
+
+    async def models(self, _http: HTTPRequest) -> Response:
+        return JSONResponse(
+            {"object": "list", "data": [_model_object(card) for card in self._service.models()]}
+        )
+
+    async def model(self, http: HTTPRequest) -> Response:
+        name = http.path_params["name"]
+        for card in self._service.models():
+            if card.name == name:
+                return JSONResponse(_model_object(card))
+        raise ModelNotFound(name)
+
+    async def health(self, _http: HTTPRequest) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _http: HTTPRequest) -> Response:
+        readiness = self._service.readiness()
+        body = {"ready": readiness.ready, "missing": list(readiness.missing)}
+        return JSONResponse(body, status_code=200 if readiness.ready else 503)
+
+    async def metrics(self, _http: HTTPRequest) -> Response:
+        return Response(await self._service.metrics(), media_type=PROMETHEUS_TEXT)
+
+    async def status(self, _http: HTTPRequest) -> Response:
+        return JSONResponse(await self._service.status())
+
+    # --- Shared -------------------------------------------------------------------------------------
+
+    async def _read(self, http: HTTPRequest) -> bytes:
+        """The body; refused as soon as it is known to be too large."""
+        declared = http.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > self._max_body_bytes:
+            raise PayloadTooLarge(f"The body may have {self._max_body_bytes} bytes.")
+        chunks: list[bytes] = []
+        size = 0
+        async for chunk in http.stream():
+            size += len(chunk)
+            if size > self._max_body_bytes:
+                raise PayloadTooLarge(f"The body may have {self._max_body_bytes} bytes.")
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    async def _open(self, http: HTTPRequest, request: Request) -> RoutedStream:
+        """The answer, once a replica has begun it: an error until here can still be a plain response."""
+        stream = await self._service.open(request)
+        http.scope["blaze.replica"] = stream.replica_id
+        if stream.error is not None:
+            raise RemoteError(stream.error)
+        return stream
+
+
+class _EventStream(StreamingResponse):
+    """Gives the stream back however the response ends, also when the client left before its first byte."""
+
+    def __init__(self, stream: RoutedStream, writer: ChunkWriter) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(sse(stream, writer), media_type="text/event-stream", headers=headers)
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._stream.aclose()
+
+
+async def _collect(stream: RoutedStream) -> translate.Answer:
+    answer = translate.Answer()
+    async with stream:
+        async for events in stream:
+            last = events[-1]
+            if isinstance(last, Failed):
+                raise RemoteError(last.error)
+            answer.add(events)
+    return answer
+
+
+def _model_object(card: ModelCard) -> dict[str, Any]:
+    return {"id": card.name, "object": "model", "created": card.created, "owned_by": "blaze"}
+
+
+# --- Errors: OpenAI's envelope everywhere --------------------------------------------------------------
+
+
+def _error_response(info: ErrorInfo) -> Response:
+    headers = {} if info.retry_after_s is None else {"retry-after": str(max(1, round(info.retry_after_s)))}
+    return JSONResponse(translate.error_object(info), status_code=info.http_status, headers=headers)
+
+
+async def _blaze_error(_http: HTTPRequest, error: BlazeError) -> Response:
+    return _error_response(error.info)
+
+
+async def _http_error(http: HTTPRequest, error: HTTPException) -> Response:
+    """Starlette's own errors: no such path, wrong method."""
+    if error.status_code == 405:
+        wrong = MethodNotAllowed(f"{http.method} is not allowed on {http.url.path[:200]}.")
+        response = _error_response(wrong.info)
+        response.headers.update(error.headers or {})
+        return response
+    return _error_response(NotFound(f"There is no {http.url.path[:200]}.").info)
+
+
+async def _unexpected_error(http: HTTPRequest, _error: Exception) -> Response:
+    logger.exception("request %s failed", http.scope.get("blaze.request_id"))
+    return _error_response(EngineFailure("The router failed on this request.").info)

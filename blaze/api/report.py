@@ -1,0 +1,136 @@
+"""The cluster as JSON (`status`) and as Prometheus text (`/metrics`): both are sums over all Routers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from blaze import __version__
+from blaze.api.service import ModelCard, Readiness
+from blaze.health.supervisor import ClusterView
+from blaze.types import TTFT_BUCKETS_S, ModelCounters, ReplicaState
+
+
+def status_object(cards: Sequence[ModelCard], view: ClusterView, readiness: Readiness) -> dict[str, Any]:
+    models = view.models()
+    return {
+        "version": __version__,
+        "ready": readiness.ready,
+        "models": [_model_status(card, view, models.get(card.name)) for card in cards],
+        "replicas": _replica_statuses(view),
+        "routers": [report.router_id for report in view.reports],
+    }
+
+
+def _model_status(card: ModelCard, view: ClusterView, counters: ModelCounters | None) -> dict[str, Any]:
+    states = [replica.state for replica in view.replicas if replica.heartbeat.model == card.name]
+    return {
+        "name": card.name,
+        "engine": card.engine.value,
+        "strategy": counters.strategy if counters else None,
+        "replicas": len(states),
+        "ready": states.count(ReplicaState.READY),
+        "waiting": counters.waiting if counters else 0,
+        "requests": dict(counters.outcomes) if counters else {},
+    }
+
+
+def _replica_statuses(view: ClusterView) -> list[dict[str, Any]]:
+    counters = view.counters()
+    rows = []
+    for replica in view.replicas:
+        beat = replica.heartbeat
+        routed = counters.get(beat.replica_id)
+        rows.append(
+            {
+                "id": beat.replica_id,
+                "model": beat.model,
+                "rank": beat.rank,
+                "node": beat.node,
+                "pid": beat.pid,
+                "state": replica.state.value,
+                "in_flight": routed.in_flight if routed else 0,
+                "weight": routed.weight if routed else None,
+                "requests": routed.requests if routed else 0,
+                "failures": routed.failures if routed else 0,
+                "running": beat.engine.running,
+                "queued": beat.engine.queued,
+                "steps": beat.engine.steps_done,
+                "memory_bytes": beat.memory_bytes,
+                "detail": beat.engine.detail,
+            }
+        )
+    return rows
+
+
+def metrics_text(view: ClusterView) -> bytes:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_ClusterCollector(view))
+    return generate_latest(registry)
+
+
+class _ClusterCollector(Collector):
+    def __init__(self, view: ClusterView) -> None:
+        self._view = view
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._models()
+        yield from self._replicas()
+
+    def _models(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily("blaze_requests", "Attempts that ended.", labels=["model", "outcome"])
+        tokens = CounterMetricFamily("blaze_tokens", "Tokens of finished answers.", labels=["model", "kind"])
+        images = CounterMetricFamily("blaze_images", "Images of finished answers.", labels=["model"])
+        waiting = GaugeMetricFamily(
+            "blaze_waiting_requests", "Requests without a replica yet.", labels=["model"]
+        )
+        ttft = HistogramMetricFamily(
+            "blaze_time_to_first_event_seconds", "From the pick to the first event.", labels=["model"]
+        )
+        for name, model in sorted(self._view.models().items()):
+            for outcome, count in model.outcomes:
+                requests.add_metric([name, outcome], count)
+            tokens.add_metric([name, "prompt"], model.prompt_tokens)
+            tokens.add_metric([name, "completion"], model.completion_tokens)
+            images.add_metric([name], model.images)
+            waiting.add_metric([name], model.waiting)
+            ttft.add_metric([name], _buckets(model), model.ttft_sum_s)
+        yield from (requests, tokens, images, waiting, ttft)
+
+    def _replicas(self) -> Iterator[Metric]:
+        in_flight = GaugeMetricFamily(
+            "blaze_in_flight_requests", "Routed, not ended.", labels=["model", "replica"]
+        )
+        routed = CounterMetricFamily("blaze_replica_requests", "Attempts sent.", labels=["model", "replica"])
+        failed = CounterMetricFamily(
+            "blaze_replica_failures", "Attempts failed.", labels=["model", "replica"]
+        )
+        memory = GaugeMetricFamily(
+            "blaze_replica_memory_bytes", "Resident set size.", labels=["model", "replica"]
+        )
+        up = GaugeMetricFamily(
+            "blaze_replica_ready", "1 when the replica is ready.", labels=["model", "replica"]
+        )
+        for replica_id, counters in sorted(self._view.counters().items()):
+            labels = [counters.model, replica_id]
+            in_flight.add_metric(labels, counters.in_flight)
+            routed.add_metric(labels, counters.requests)
+            failed.add_metric(labels, counters.failures)
+        for replica in self._view.replicas:
+            labels = [replica.heartbeat.model, replica.heartbeat.replica_id]
+            memory.add_metric(labels, replica.heartbeat.memory_bytes)
+            up.add_metric(labels, replica.state is ReplicaState.READY)
+        yield from (in_flight, routed, failed, memory, up)
+
+
+def _buckets(model: ModelCounters) -> list[tuple[str, float]]:
+    """Prometheus' buckets are cumulative."""
+    bounds = ("+Inf" if bound == float("inf") else str(bound) for bound in TTFT_BUCKETS_S)
+    return [
+        (bound, float(count)) for bound, count in zip(bounds, accumulate(model.ttft_buckets), strict=True)
+    ]

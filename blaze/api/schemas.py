@@ -1,0 +1,193 @@
+"""The bodies of OpenAI's API: everything about a request that needs no model is validated here.
+
+``null`` means the same as leaving a field out. Unknown fields are ignored, as OpenAI does. Types are
+strict: ``"5"`` and ``true`` are not integers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from blaze.config import field_path
+from blaze.errors import InvalidRequest
+from blaze.types import SEED_BOUND
+
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 4096
+MAX_CHOICES = 128
+MAX_IMAGES = 16
+
+Seed = Annotated[int, Field(ge=-SEED_BOUND, lt=SEED_BOUND)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    model: str
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | tuple[TextPart, ...] | None = None
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content is required")
+        return self
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    include_usage: bool | None = None
+
+
+class TextBody(Body):
+    """What chat and completions have in common."""
+
+    UNSUPPORTED: ClassVar[dict[str, tuple[object, ...]]] = {
+        "frequency_penalty": (0,),
+        "presence_penalty": (0,),
+        "logit_bias": ({},),
+    }
+
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: Seed | None = None
+    stop: str | tuple[str, ...] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Count | None = None
+    ignore_eos: bool | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Number] | None = None
+    user: str | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_strings(cls, stop: str | tuple[str, ...] | None) -> tuple[str, ...]:
+        stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
+        if len(stops) > MAX_STOPS:
+            raise ValueError(f"at most {MAX_STOPS} stop strings")
+        for one in stops:
+            if not one:
+                raise ValueError("a stop string must not be empty")
+            if len(one) > MAX_STOP_CHARACTERS:
+                raise ValueError(f"a stop string has at most {MAX_STOP_CHARACTERS} characters")
+        return stops
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> TextBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only allowed with stream: true")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_unsupported(self) -> TextBody:
+        for name, neutral in self.UNSUPPORTED.items():
+            value = getattr(self, name)
+            if value is not None and value not in neutral:
+                raise ValueError(f"{name}: not supported by this version")
+        return self
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        assert not isinstance(self.stop, str)  # the validator made it a tuple
+        return self.stop or ()
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatCompletionRequest(TextBody):
+    # OpenAI's parameters that this version does not have: accepted at values that ask for nothing.
+    UNSUPPORTED: ClassVar[dict[str, tuple[object, ...]]] = TextBody.UNSUPPORTED | {
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "tools": ((),),
+        "response_format": ({"type": "text"},),
+    }
+
+    messages: Annotated[tuple[Message, ...], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+    response_format: dict[str, Any] | None = None
+
+
+class CompletionRequest(TextBody):
+    UNSUPPORTED: ClassVar[dict[str, tuple[object, ...]]] = TextBody.UNSUPPORTED | {
+        "logprobs": (),
+        "echo": (False,),
+        "best_of": (1,),
+        "suffix": ("",),
+    }
+
+    prompt: str | tuple[int, ...] | tuple[str, ...] | tuple[tuple[int, ...], ...]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    suffix: str | None = None
+
+
+class ImageGenerationRequest(Body):
+    prompt: Annotated[str, Field(max_length=32_000)]
+    n: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = None
+    size: str | None = None
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    user: str | None = None
+    # Under diffusers' names.
+    num_inference_steps: Count | None = None
+    guidance_scale: Annotated[Number, Field(ge=0, le=1000)] | None = None
+    negative_prompt: Annotated[str, Field(max_length=32_000)] | None = None
+    seed: Seed | None = None
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def parse(schema: type[Schema], body: bytes) -> Schema:
+    """Raises :class:`InvalidRequest` naming the first wrong field."""
+    try:
+        return schema.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise _invalid(first["type"], first["loc"], first["msg"]) from None
+
+
+def _invalid(kind: str, loc: tuple[int | str, ...], message: str) -> InvalidRequest:
+    if kind == "json_invalid":
+        return InvalidRequest(f"The body is not valid JSON: {message.removeprefix('Invalid JSON: ')}")
+    if not loc and kind == "model_type":
+        return InvalidRequest("The body must be a JSON object.")
+    reason = message.removeprefix("Value error, ")
+    if not loc:  # a rule over several fields: its message starts with the field's name
+        return InvalidRequest(reason, param=reason.partition(":")[0])
+    param = field_path(_known_part(loc))
+    return InvalidRequest(f"{param}: {reason}", param=param)
+
+
+def _known_part(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Without the names that pydantic gives to the members of a union (``str``, ``tuple[int, ...]``)."""
+    return tuple(part for part in loc if isinstance(part, int) or (part.isidentifier() and part != "str"))

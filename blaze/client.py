@@ -1,0 +1,176 @@
+"""The Python client: the same requests as over HTTP, over a Serve handle."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+from blaze.config import APP_NAME, state_dir
+from blaze.errors import EnvironmentProblem, RemoteError, ReplicaLost, UnsupportedOperation
+from blaze.types import (
+    ChatMessage,
+    ChatPrompt,
+    ChoiceFinished,
+    Event,
+    Events,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    ImageReady,
+    ImageRequest,
+    Prompt,
+    Request,
+    SamplingParams,
+    TextDelta,
+    TokenPrompt,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+PromptLike: TypeAlias = str | Sequence[Mapping[str, str]] | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A complete answer; with ``n`` above 1, ``texts`` and ``finish_reasons`` have one entry a choice."""
+
+    texts: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    finish_reasons: tuple[FinishReason, ...]
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        return self.texts[0]
+
+
+class Client:
+    """Blocking calls. Every error is a :class:`blaze.errors.BlazeError`."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._stream = handle.options(method_name="stream", stream=True)
+        self._status = handle.options(method_name="status")
+
+    def generate(
+        self, model: str, prompt: PromptLike, *, timeout_s: float | None = None, **sampling: Any
+    ) -> Generation:
+        """A whole answer. ``prompt``: text, token ids, or chat messages (``{"role": ..., "content": ...}``).
+
+        A text prompt is sent as one user message. ``sampling``: fields of :class:`SamplingParams`.
+        """
+        request = _generate_request(model, prompt, timeout_s, sampling)
+        texts: dict[int, list[str]] = {}
+        token_ids: dict[int, list[int]] = {}
+        reasons: dict[int, FinishReason] = {}
+        usage = Usage()
+        for event in self.events(request):
+            if isinstance(event, TextDelta):
+                texts.setdefault(event.index, []).append(event.text)
+                token_ids.setdefault(event.index, []).extend(event.token_ids)
+            elif isinstance(event, ChoiceFinished):
+                reasons[event.index] = event.reason
+            elif isinstance(event, Finished):
+                usage = event.usage
+        return Generation(
+            texts=tuple("".join(texts.get(index, ())) for index in sorted(reasons)),
+            token_ids=tuple(tuple(token_ids.get(index, ())) for index in sorted(reasons)),
+            finish_reasons=tuple(reasons[index] for index in sorted(reasons)),
+            usage=usage,
+        )
+
+    def stream(
+        self, model: str, prompt: PromptLike, *, timeout_s: float | None = None, **sampling: Any
+    ) -> Iterator[str]:
+        """The answer's text as it is generated; leaving the loop cancels the request."""
+        request = _generate_request(model, prompt, timeout_s, sampling)
+        with closing(self.events(request)) as events:
+            for event in events:
+                if isinstance(event, TextDelta) and event.text:
+                    yield event.text
+
+    def images(self, model: str, prompt: str, *, timeout_s: float | None = None, **options: Any) -> list[ImageReady]:
+        """Encoded images. ``options``: fields of :class:`ImageRequest` (``n``, ``seed``, ``width``, ...)."""
+        request = ImageRequest(f"handle-{uuid.uuid4().hex}", model, prompt, timeout_s=timeout_s, **options)
+        return [event for event in self.events(request) if isinstance(event, ImageReady)]
+
+    def embed(self, _model: str, _text: str | Sequence[str]) -> NoReturn:
+        raise UnsupportedOperation("embeddings are not implemented in this version")
+
+    def status(self) -> dict[str, Any]:
+        result: dict[str, Any] = self._status.remote().result()
+        return result
+
+    def events(self, request: Request) -> Iterator[Event]:
+        """The request's events one by one; raises where the terminal event is ``Failed``."""
+        from ray.exceptions import RayError
+
+        responses = self._stream.remote(request)
+        done = False
+        try:
+            batch: Events
+            for batch in responses:
+                for event in batch:
+                    if isinstance(event, Failed):
+                        raise RemoteError(event.error)
+                    done = isinstance(event, Finished)
+                    yield event
+        except RayError as error:
+            raise ReplicaLost(f"The Router was lost: {type(error).__name__}") from error
+        finally:
+            if not done:
+                responses.cancel()
+
+
+def _generate_request(
+    model: str, prompt: PromptLike, timeout_s: float | None, sampling: dict[str, Any]
+) -> GenerateRequest:
+    request_id = f"handle-{uuid.uuid4().hex}"
+    return GenerateRequest(request_id, model, _prompt(prompt), SamplingParams(**sampling), timeout_s)
+
+
+def _prompt(prompt: PromptLike) -> Prompt:
+    if isinstance(prompt, str):
+        return ChatPrompt((ChatMessage("user", prompt),))
+    if prompt and isinstance(prompt[0], int):
+        return TokenPrompt(tuple(token for token in prompt if isinstance(token, int)))
+    return ChatPrompt(tuple(_message(message) for message in prompt if isinstance(message, Mapping)))
+
+
+def _message(message: Mapping[str, Any]) -> ChatMessage:
+    return ChatMessage(role=message["role"], content=message["content"], name=message.get("name"))
+
+
+def connect(address: str | None = None, *, app_name: str = APP_NAME) -> Client:
+    """See :func:`blaze.connect`."""
+    # A driver has no event loop of its own for Serve's router to share.
+    os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
+    try:
+        import ray
+        from ray import serve
+        from ray.serve.exceptions import RayServeException
+    except ImportError as error:
+        raise EnvironmentProblem(f"Ray is not installed: {error}") from None
+    if not ray.is_initialized():
+        target = address or os.environ.get("RAY_ADDRESS") or local_address() or "auto"
+        try:
+            ray.init(address=target, log_to_driver=False, logging_level="error")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise EnvironmentProblem(f"no Ray cluster at {target!r}: {error}") from None
+    try:
+        return Client(serve.get_app_handle(app_name))
+    except RayServeException as error:
+        raise EnvironmentProblem(f"no application {app_name!r} runs on this cluster: {error}") from None
+
+
+def local_address() -> str | None:
+    """The Ray address of a cluster that `blaze up` runs on this machine; the newest when there are several."""
+    files = sorted(state_dir().glob("*.json"), key=lambda file: file.stat().st_mtime)
+    return str(json.loads(files[-1].read_text(encoding="utf-8"))["address"]) if files else None

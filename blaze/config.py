@@ -1,0 +1,278 @@
+"""Settings: the only reader of YAML and of the environment.
+
+``serve_config.yaml`` is an ordinary Ray Serve config; what Blaze reads is the ``args`` of its
+application, validated here as :class:`BlazeConfig`. Every error names the field it is about, with the
+path it has in the file, e.g. ``models[1].llm.max_batch_size``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from blaze.errors import ConfigError
+from blaze.types import EngineKind
+
+APP_NAME = "blaze"
+APP_IMPORT_PATH = "deployments.app:build_app"
+
+StrategyName = Literal[
+    "round_robin",
+    "weighted_round_robin",
+    "least_connections",
+    "least_response_time",
+    "ip_hash",
+    "adaptive",
+]
+# The strategies that this version has; the others are refused at deploy, not silently replaced.
+AVAILABLE_STRATEGIES: tuple[StrategyName, ...] = ("round_robin", "least_connections")
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Settings(BaseModel):
+    """A misspelt field is an error, not a setting that silently does nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RouterConfig(Settings):
+    strategy: StrategyName = "least_connections"
+    replicas: PositiveInt = 1
+    max_retries: Annotated[int, Field(ge=0)] = 2  # attempts on other replicas, before the first event
+    request_timeout_s: PositiveFloat = 600.0  # deadline of a request without its own
+    max_queued: Annotated[int, Field(ge=0)] = 256  # waiting requests per model and Router
+    max_body_bytes: PositiveInt = 16 * 1024 * 1024
+    seed: int | None = None  # of the generator behind ties and starting points; None: from the system
+
+    @model_validator(mode="after")
+    def _strategy_is_available(self) -> RouterConfig:
+        if self.strategy not in AVAILABLE_STRATEGIES:
+            have = ", ".join(AVAILABLE_STRATEGIES)
+            raise ValueError(
+                f"strategy {self.strategy!r} is not available in this version (available: {have})"
+            )
+        return self
+
+
+class HealthConfig(Settings):
+    probe_period_s: PositiveFloat = 1.0
+    missed_probes: PositiveInt = 3  # missed in a row: suspect
+    stall_after_s: PositiveFloat = 30.0
+
+
+class AutoscalingConfig(Settings):
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    max_replicas: PositiveInt = 1
+    target_in_flight: PositiveFloat = 8.0  # requests in flight per replica that scaling aims at
+    upscale_delay_s: NonNegativeFloat = 5.0
+    downscale_delay_s: NonNegativeFloat = 300.0
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> AutoscalingConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class ResourcesConfig(Settings):
+    num_cpus: NonNegativeFloat = 1.0
+    num_gpus: NonNegativeFloat = 0.0
+    memory: NonNegativeFloat | None = None  # bytes
+
+
+class LLMConfig(Settings):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_batch_size: PositiveInt = 32
+    max_model_len: PositiveInt | None = None  # tokens; None: what the model was made for
+    threads: PositiveInt | None = None  # math threads; None: num_cpus, or all cores when that is below 1
+
+
+class DiffusionConfig(Settings):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_batch_size: PositiveInt = 8  # images of one request
+    max_steps: PositiveInt = 200
+    max_pixels: PositiveInt = 2048 * 2048  # width x height of one image
+    threads: PositiveInt | None = None
+
+
+class SimulatorConfig(Settings):
+    """An engine without a model: answers at a set pace, the same for the same seed."""
+
+    ttft_ms: NonNegativeFloat = 20.0
+    inter_token_ms: NonNegativeFloat = 5.0
+    tokens: PositiveInt = 16  # of an answer; a smaller max_tokens of the request wins
+    jitter: Fraction = 0.0  # each wait is multiplied by 1 + U(-jitter, jitter)
+    slots: PositiveInt = 8  # requests served at once; the others queue
+    slowdown: dict[int, PositiveFloat] = Field(default_factory=dict)  # replica rank -> factor on all waits
+    fail_rate: dict[int, Fraction] = Field(
+        default_factory=dict
+    )  # replica rank -> share of requests that fail
+    hang: dict[int, Fraction] = Field(default_factory=dict)  # replica rank -> share that never answers
+    seed: int = 0
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-/:]{0,127}")
+
+
+class ModelConfig(Settings):
+    name: str
+    engine: EngineKind
+    source: str | None = None
+    revision: str | None = None  # of a hub source
+    replicas: PositiveInt | None = None
+    autoscaling: AutoscalingConfig | None = None
+    resources: ResourcesConfig = ResourcesConfig()
+    weight: NonNegativeFloat = 1.0
+    max_in_flight: PositiveInt | None = None  # per replica; None: twice what the engine runs at once
+    llm: LLMConfig | None = None
+    diffusion: DiffusionConfig | None = None
+    simulator: SimulatorConfig | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"name {self.name[:80]!r} must be letters, digits and . _ - / : (at most 128)")
+        for kind in EngineKind:
+            if kind is not self.engine and getattr(self, kind.value) is not None:
+                raise ValueError(
+                    f"{kind.value}: options of another engine; this model's engine is {self.engine.value}"
+                )
+        if self.engine is EngineKind.SIMULATOR:
+            if self.source is not None:
+                raise ValueError("source: the simulator has no model to load")
+        elif not self.source:
+            raise ValueError(f"source: needed by the {self.engine.value} engine")
+        if self.replicas is not None and self.autoscaling is not None:
+            raise ValueError("replicas and autoscaling exclude each other")
+        return self
+
+    @property
+    def llm_options(self) -> LLMConfig:
+        return self.llm or LLMConfig()
+
+    @property
+    def diffusion_options(self) -> DiffusionConfig:
+        return self.diffusion or DiffusionConfig()
+
+    @property
+    def simulator_options(self) -> SimulatorConfig:
+        return self.simulator or SimulatorConfig()
+
+    @property
+    def in_flight_cap(self) -> int:
+        """How many requests one Router has in flight on one replica at the most."""
+        if self.max_in_flight is not None:
+            return self.max_in_flight
+        at_once = {
+            EngineKind.LLM: self.llm_options.max_batch_size,
+            EngineKind.DIFFUSION: self.diffusion_options.max_batch_size,
+            EngineKind.SIMULATOR: self.simulator_options.slots,
+        }
+        return 2 * at_once[self.engine]
+
+    @property
+    def may_scale_to_zero(self) -> bool:
+        return self.autoscaling is not None and self.autoscaling.min_replicas == 0
+
+    @property
+    def threads(self) -> int:
+        """Math threads of one replica (Ray would set 1 for a fractional ``num_cpus``)."""
+        chosen = self.llm_options.threads if self.engine is EngineKind.LLM else self.diffusion_options.threads
+        if chosen is not None:
+            return chosen
+        cpus = int(self.resources.num_cpus)
+        return cpus if cpus >= 1 else (os.cpu_count() or 1)
+
+
+class BlazeConfig(Settings):
+    router: RouterConfig = RouterConfig()
+    health: HealthConfig = HealthConfig()
+    models: Annotated[tuple[ModelConfig, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> BlazeConfig:
+        seen: set[str] = set()
+        for model in self.models:
+            if model.name in seen:
+                raise ValueError(f"models: the name {model.name!r} is given twice")
+            seen.add(model.name)
+        return self
+
+
+def parse_args(args: Mapping[str, Any]) -> BlazeConfig:
+    """Validate the ``args`` of the application. Raises :class:`ConfigError` naming every wrong field."""
+    try:
+        return BlazeConfig.model_validate(dict(args))
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from None
+
+
+def describe(error: ValidationError) -> str:
+    """One line per wrong field: path, reason, and the value that was given."""
+    lines = []
+    for item in error.errors(include_url=False):
+        path = field_path(item["loc"])
+        reason = item["msg"].removeprefix("Value error, ")
+        given = item.get("input")
+        shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+        lines.append(f"{path}: {reason}{shown}" if path else f"{reason}{shown}")
+    return "; ".join(lines)
+
+
+def field_path(loc: tuple[int | str, ...]) -> str:
+    """``("models", 1, "llm")`` -> ``models[1].llm``."""
+    path = ""
+    for part in loc:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path
+
+
+def load_serve_config(path: Path) -> dict[str, Any]:
+    """Read a Serve config file and check that it deploys Blaze.
+
+    Returns the file as a mapping, unchanged: it is sent to Serve as it is. Raises :class:`ConfigError`.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("applications"), list):
+        raise ConfigError(f"{path}: applications: a Serve config has a list of applications here")
+    blaze_application(loaded)
+    return loaded
+
+
+def blaze_application(serve_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of ``applications`` that is Blaze. Raises :class:`ConfigError` when there is none."""
+    applications = serve_config["applications"]
+    for application in applications:
+        if isinstance(application, dict) and application.get("import_path") == APP_IMPORT_PATH:
+            return application
+    raise ConfigError(f"applications: none has import_path {APP_IMPORT_PATH!r}")
+
+
+def cache_dir() -> Path:
+    """Home of converted models: ``BLAZE_CACHE``, else ``blaze`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    chosen = os.environ.get("BLAZE_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blaze"
+
+
+def state_dir() -> Path:
+    """Where `blaze up` leaves word of the cluster that it runs, for the other commands."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "blaze"

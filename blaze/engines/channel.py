@@ -1,0 +1,73 @@
+"""The way of events from a compute thread to a reader on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from typing import Self
+
+from blaze.types import Event, Events, Failed, Finished
+
+
+class EventChannel:
+    """Many events in, few batches out.
+
+    The writer (any thread) never waits: what the reader has not fetched yet piles up and leaves as one
+    batch, so a slow reader costs nobody else a step. The loop is woken once per batch, not per event.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._events: list[Event] = []
+        self._ready = asyncio.Event()
+        self._signalled = False
+        self._closed_to_writer = False
+        self._drained = False
+
+    @property
+    def abandoned(self) -> bool:
+        """The reader has left: whoever works for it can stop."""
+        return self._drained
+
+    def put(self, *events: Event) -> None:
+        """Add events; after a terminal event, further ones are dropped."""
+        with self._lock:
+            if self._closed_to_writer:
+                return
+            self._events.extend(events)
+            self._closed_to_writer = isinstance(self._events[-1], Finished | Failed)
+            if self._signalled:
+                return
+            self._signalled = True
+        self._wake()
+
+    def _wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._ready.set)
+        except RuntimeError:  # the loop is gone, and with it the reader
+            self._drained = True
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Events:
+        if self._drained:
+            raise StopAsyncIteration
+        await self._ready.wait()
+        with self._lock:
+            batch = tuple(self._events)
+            self._events.clear()
+            self._ready.clear()
+            self._signalled = False
+            self._drained = self._closed_to_writer
+        return batch
+
+    async def read(self) -> AsyncGenerator[Events]:
+        """The batches up to the terminal event; marks the channel abandoned when the reader leaves early."""
+        try:
+            async for batch in self:
+                yield batch
+        finally:
+            self._drained = True

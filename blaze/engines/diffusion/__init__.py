@@ -1,0 +1,1 @@
+"""The diffusion engine: any diffusers pipeline."""

@@ -1,0 +1,1 @@
+"""The LLM engine: any Hugging Face causal language model, through transformers."""

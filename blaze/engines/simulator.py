@@ -1,0 +1,163 @@
+"""An engine without a model: it answers at a set pace, for tests, drills and benchmarks.
+
+All randomness (jitter, failures, hangs, words) comes from a generator keyed by the configured seed and
+the request's own, so that the same request gets the same answer on every replica and in every run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from blaze.clock import Clock, SystemClock
+from blaze.config import SimulatorConfig
+from blaze.errors import Cancelled, DeadlineExceeded, EngineFailure, InvalidRequest
+from blaze.types import (
+    ChatPrompt,
+    ChoiceFinished,
+    EngineKind,
+    EngineStatus,
+    Event,
+    Events,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    Prompt,
+    Request,
+    Started,
+    TextDelta,
+    TextPrompt,
+    Usage,
+)
+
+_WORDS = ("blaze", "keeps", "every", "stream", "alive", "while", "replicas", "come", "and", "go")
+
+
+class SimulatorEngine:
+    def __init__(self, options: SimulatorConfig, *, rank: int = 0, clock: Clock | None = None) -> None:
+        self._options = options
+        self._slowdown = options.slowdown.get(rank, 1.0)
+        self._fail_rate = options.fail_rate.get(rank, 0.0)
+        self._hang = options.hang.get(rank, 0.0)
+        self._clock = clock or SystemClock()
+        self._slots = asyncio.Semaphore(options.slots)
+        self._running = 0
+        self._queued = 0
+        self._steps = 0
+        self._last_step_at: float | None = None
+        self._stopping = asyncio.Event()
+
+    async def start(self) -> None:
+        """There is nothing to load."""
+
+    async def stop(self) -> None:
+        self._stopping.set()
+
+    async def get_health_status(self) -> EngineStatus:
+        last = self._last_step_at
+        return EngineStatus(
+            kind=EngineKind.SIMULATOR,
+            state="busy" if self._running else "idle",
+            running=self._running,
+            queued=self._queued,
+            steps_done=self._steps,
+            last_step_age_s=None if last is None else self._clock.now() - last,
+        )
+
+    async def run(self, request: Request) -> AsyncGenerator[Events]:
+        deadline = (
+            None if request.timeout_s is None else asyncio.get_running_loop().time() + request.timeout_s
+        )
+        try:
+            async with aclosing(self._answer(request, deadline)) as answer:
+                async for events in answer:
+                    yield events
+        except TimeoutError:
+            yield (Failed(DeadlineExceeded("The deadline passed before the answer was complete.").info),)
+        except (InvalidRequest, EngineFailure, Cancelled) as error:
+            yield (Failed(error.info),)
+
+    async def _answer(self, request: Request, deadline: float | None) -> AsyncGenerator[Events]:
+        if not isinstance(request, GenerateRequest):
+            raise InvalidRequest("This model generates text, not images.", param="model")
+        rng = self._rng(request)
+        self._queued += 1
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._slots.acquire()
+        finally:
+            self._queued -= 1
+        self._running += 1
+        try:
+            await self._misbehave(rng, deadline)
+            async for events in self._tokens(request, rng, deadline):
+                yield events
+        finally:
+            self._running -= 1
+            self._slots.release()
+
+    async def _misbehave(self, rng: random.Random, deadline: float | None) -> None:
+        # Both are drawn whatever the rates are: changing a rate does not change the answers of the others.
+        fails, hangs = rng.random() < self._fail_rate, rng.random() < self._hang
+        if fails:
+            raise EngineFailure("The simulator was told to fail this request.")
+        if hangs:
+            async with asyncio.timeout_at(deadline):
+                await self._stopping.wait()
+            raise Cancelled("The replica is shutting down.")
+
+    async def _tokens(
+        self, request: GenerateRequest, rng: random.Random, deadline: float | None
+    ) -> AsyncGenerator[Events]:
+        """Pending events leave before every wait; without waits the whole answer is one batch."""
+        sampling = request.sampling
+        wanted = sampling.max_tokens if sampling.max_tokens is not None else self._options.tokens
+        count = min(wanted, self._options.tokens)
+        reason: FinishReason = "length" if wanted <= self._options.tokens else "stop"
+        prompt_ids = _prompt_ids(request.prompt)
+        pending: list[Event] = [Started(prompt_ids)]
+        wait_ms = self._options.ttft_ms
+        for position in range(count):
+            if wait_ms > 0:
+                if len(pending) > (position == 0):  # Started waits for the first token
+                    yield tuple(pending)
+                    pending = []
+                await self._pause(wait_ms, rng, deadline)
+            self._step()
+            for index in range(sampling.n):
+                token = rng.randrange(len(_WORDS))
+                pending.append(TextDelta(index, _WORDS[token] + " ", (token,)))
+            wait_ms = self._options.inter_token_ms
+        pending.extend(ChoiceFinished(index, reason) for index in range(sampling.n))
+        pending.append(Finished(Usage(prompt_tokens=len(prompt_ids), completion_tokens=count * sampling.n)))
+        yield tuple(pending)
+
+    async def _pause(self, milliseconds: float, rng: random.Random, deadline: float | None) -> None:
+        stretch = 1.0 + rng.uniform(-self._options.jitter, self._options.jitter)
+        async with asyncio.timeout_at(deadline):
+            await asyncio.sleep(milliseconds / 1000.0 * self._slowdown * stretch)
+        if self._stopping.is_set():
+            raise Cancelled("The replica is shutting down.")
+
+    def _step(self) -> None:
+        self._steps += 1
+        self._last_step_at = self._clock.now()
+
+    def _rng(self, request: GenerateRequest) -> random.Random:
+        key = f"{self._options.seed}/{request.sampling.seed}/{request.prompt!r}"
+        return random.Random(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big"))
+
+
+def _prompt_ids(prompt: Prompt) -> tuple[int, ...]:
+    """Four bytes of text count as one token."""
+    if isinstance(prompt, ChatPrompt):
+        size = sum(len(message.content.encode()) for message in prompt.messages)
+    elif isinstance(prompt, TextPrompt):
+        size = len(prompt.text.encode())
+    else:
+        return prompt.token_ids
+    return tuple(range(max(1, size // 4)))

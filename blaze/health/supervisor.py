@@ -1,0 +1,134 @@
+"""Heartbeats and reports in, one picture of the cluster out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from blaze.clock import Clock
+from blaze.types import Heartbeat, ModelCounters, ReplicaCounters, ReplicaId, ReplicaState, RouterReport
+
+
+@dataclass(frozen=True, slots=True)
+class HealthSettings:
+    probe_period_s: float = 1.0
+    missed_probes: int = 3  # in a row: suspect
+    stall_after_s: float = 30.0  # silent for this long: taken to be gone
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaHealth:
+    heartbeat: Heartbeat
+    state: ReplicaState
+    silent_for_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """Everything known at one moment, of all replicas and all Routers."""
+
+    replicas: tuple[ReplicaHealth, ...]
+    reports: tuple[RouterReport, ...]
+
+    def counters(self) -> dict[ReplicaId, ReplicaCounters]:
+        """Per replica, summed over the Routers."""
+        grouped: dict[ReplicaId, list[ReplicaCounters]] = defaultdict(list)
+        for report in self.reports:
+            for replica in report.replicas:
+                grouped[replica.replica_id].append(replica)
+        return {replica_id: _sum_replica(parts) for replica_id, parts in grouped.items()}
+
+    def models(self) -> dict[str, ModelCounters]:
+        """Per model, summed over the Routers."""
+        grouped: dict[str, list[ModelCounters]] = defaultdict(list)
+        for report in self.reports:
+            for model in report.models:
+                grouped[model.model].append(model)
+        return {name: _sum_model(parts) for name, parts in grouped.items()}
+
+
+class Supervisor:
+    """Collects heartbeats of replicas and reports of Routers; who falls silent is suspect, then gone."""
+
+    def __init__(self, settings: HealthSettings, clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._heartbeats: dict[ReplicaId, tuple[float, Heartbeat]] = {}
+        self._reports: dict[str, tuple[float, RouterReport]] = {}
+
+    def heartbeat(self, heartbeat: Heartbeat) -> None:
+        self._heartbeats[heartbeat.replica_id] = (self._clock.now(), heartbeat)
+
+    def report(self, report: RouterReport) -> None:
+        self._reports[report.router_id] = (self._clock.now(), report)
+
+    def goodbye(self, replica_id: ReplicaId) -> None:
+        """The replica is stopping in good order."""
+        self._heartbeats.pop(replica_id, None)
+
+    def view(self) -> ClusterView:
+        now = self._clock.now()
+        self._forget_the_gone(now)
+        replicas = [self._health(at, beat, now) for at, beat in self._heartbeats.values()]
+        replicas.sort(key=lambda replica: (replica.heartbeat.model, replica.heartbeat.rank))
+        return ClusterView(
+            replicas=tuple(replicas),
+            reports=tuple(
+                report for _, report in sorted(self._reports.values(), key=lambda r: r[1].router_id)
+            ),
+        )
+
+    def _health(self, at: float, heartbeat: Heartbeat, now: float) -> ReplicaHealth:
+        silent_for_s = now - at
+        if silent_for_s > self._settings.missed_probes * self._settings.probe_period_s:
+            state = ReplicaState.SUSPECT
+        elif heartbeat.engine.state == "loading":
+            state = ReplicaState.STARTING
+        elif heartbeat.engine.state == "failed":
+            state = ReplicaState.DEAD
+        else:
+            state = ReplicaState.READY
+        return ReplicaHealth(heartbeat, state, silent_for_s)
+
+    def _forget_the_gone(self, now: float) -> None:
+        limit = self._settings.stall_after_s
+        for replica_id in [key for key, (at, _) in self._heartbeats.items() if now - at > limit]:
+            del self._heartbeats[replica_id]
+        for router_id in [key for key, (at, _) in self._reports.items() if now - at > limit]:
+            del self._reports[router_id]
+
+
+def _sum_replica(parts: list[ReplicaCounters]) -> ReplicaCounters:
+    first = parts[0]
+    return ReplicaCounters(
+        replica_id=first.replica_id,
+        model=first.model,
+        in_flight=sum(part.in_flight for part in parts),
+        weight=first.weight,
+        requests=sum(part.requests for part in parts),
+        failures=sum(part.failures for part in parts),
+    )
+
+
+def _sum_model(parts: list[ModelCounters]) -> ModelCounters:
+    first = parts[0]
+    return ModelCounters(
+        model=first.model,
+        strategy=first.strategy,
+        waiting=sum(part.waiting for part in parts),
+        outcomes=_sum_outcomes(part.outcomes for part in parts),
+        prompt_tokens=sum(part.prompt_tokens for part in parts),
+        completion_tokens=sum(part.completion_tokens for part in parts),
+        images=sum(part.images for part in parts),
+        ttft_buckets=tuple(map(sum, zip(*(part.ttft_buckets for part in parts), strict=True))),
+        ttft_sum_s=sum(part.ttft_sum_s for part in parts),
+    )
+
+
+def _sum_outcomes(parts: Iterable[tuple[tuple[str, int], ...]]) -> tuple[tuple[str, int], ...]:
+    totals: dict[str, int] = defaultdict(int)
+    for outcomes in parts:
+        for name, count in outcomes:
+            totals[name] += count
+    return tuple(sorted(totals.items()))

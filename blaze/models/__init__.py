@@ -1,0 +1,1 @@
+"""Where models come from, and the copies of them that are kept on disk."""

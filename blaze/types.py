@@ -1,0 +1,275 @@
+"""Values that cross layers and processes: frozen dataclasses, standard library only.
+
+A request travels down as :class:`GenerateRequest` or :class:`ImageRequest`; its answer travels back as
+a sequence of events that ends with exactly one terminal event, :class:`Finished` or :class:`Failed`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, TypeAlias
+
+from blaze.errors import ErrorInfo
+
+ReplicaId: TypeAlias = str
+TokenId: TypeAlias = int
+FinishReason: TypeAlias = Literal["stop", "length"]
+ImageFormat: TypeAlias = Literal["png", "jpeg", "webp"]
+
+SEED_BOUND = 2**63  # seeds are int64: -SEED_BOUND <= seed < SEED_BOUND
+
+
+class EngineKind(StrEnum):
+    LLM = "llm"
+    DIFFUSION = "diffusion"
+    SIMULATOR = "simulator"
+
+
+class ReplicaState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    SUSPECT = "suspect"
+    DRAINING = "draining"
+    RESTARTING = "restarting"
+    DEAD = "dead"
+
+
+# --- Requests --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """Messages that the model's own chat template turns into tokens."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    token_ids: tuple[TokenId, ...]
+
+
+Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 filter nothing."""
+
+    max_tokens: int | None = None  # None: what is left of the context
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None  # None: the dispatcher draws one before the first attempt
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """Text generation. ``timeout_s``: seconds left of the deadline when the value was made."""
+
+    request_id: str
+    model: str
+    prompt: Prompt
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """Text to image; names and meanings are diffusers'. None: the model's own default.
+
+    Image ``i`` of ``n`` is drawn with ``seed + i`` (mod 2**63).
+    """
+
+    request_id: str
+    model: str
+    prompt: str
+    negative_prompt: str | None = None
+    n: int = 1
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    output_format: ImageFormat = "png"
+    timeout_s: float | None = None
+
+
+Request: TypeAlias = GenerateRequest | ImageRequest
+
+
+# --- Events ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    images: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    token: str
+    token_id: TokenId
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The engine has taken the request up. Diffusion engines send no token ids."""
+
+    prompt_token_ids: tuple[TokenId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text of choice ``index``, and the ids it came from (text may lag behind the ids)."""
+
+    index: int
+    text: str
+    token_ids: tuple[TokenId, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceFinished:
+    index: int
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReady:
+    """One encoded image; ``seed`` is the seed that draws it again."""
+
+    index: int
+    data: bytes
+    format: ImageFormat
+    width: int
+    height: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Denoising step ``step`` of ``total`` is done."""
+
+    step: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    error: ErrorInfo
+
+
+TerminalEvent: TypeAlias = Finished | Failed
+Event: TypeAlias = Started | TextDelta | ChoiceFinished | ImageReady | Progress | Finished | Failed
+Events: TypeAlias = tuple[Event, ...]  # several to a message when the reader is slower than the engine
+
+
+# --- What replicas and routers report --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """An engine's own account of itself; ``work_pending`` counts queued and running requests."""
+
+    kind: EngineKind
+    state: Literal["loading", "idle", "busy", "failed"]
+    running: int
+    queued: int
+    steps_done: int
+    last_step_age_s: float | None  # None before the first step
+    detail: str | None = None  # why it failed
+
+    @property
+    def work_pending(self) -> int:
+        return self.running + self.queued
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Pushed by every replica once a probe period."""
+
+    replica_id: ReplicaId
+    model: str
+    rank: int
+    node: str
+    pid: int
+    engine: EngineStatus
+    memory_bytes: int  # resident set size of the replica's process
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaCounters:
+    """One Router's account of one replica."""
+
+    replica_id: ReplicaId
+    model: str
+    in_flight: int
+    weight: float
+    requests: int
+    failures: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCounters:
+    """One Router's account of one model. ``ttft_buckets[i]`` counts times up to ``TTFT_BUCKETS_S[i]``."""
+
+    model: str
+    strategy: str
+    waiting: int
+    outcomes: tuple[tuple[str, int], ...]  # ("success" | "failure" | "neutral", count)
+    prompt_tokens: int
+    completion_tokens: int
+    images: int
+    ttft_buckets: tuple[int, ...]
+    ttft_sum_s: float
+
+
+TTFT_BUCKETS_S: tuple[float, ...] = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    float("inf"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterReport:
+    """Pushed by every Router once a probe period."""
+
+    router_id: str
+    models: tuple[ModelCounters, ...]
+    replicas: tuple[ReplicaCounters, ...]

@@ -1,0 +1,1 @@
+"""Blaze on Ray Serve: the only place where Ray lives."""

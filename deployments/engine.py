@@ -1,0 +1,85 @@
+"""What all engine replicas have in common: run requests, push heartbeats, say when they are unwell."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import psutil
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from blaze.config import HealthConfig, ModelConfig
+from blaze.engines.base import Engine
+from blaze.types import EngineStatus, Events, Heartbeat, Request
+
+logger = logging.getLogger("ray.serve")
+
+
+class EngineReplica:
+    """An engine in a Serve replica. The first heartbeat leaves before the model is loaded."""
+
+    async def _host(
+        self, engine: Engine, model: ModelConfig, health: HealthConfig, actor: DeploymentHandle
+    ) -> None:
+        """The rest of the constructor of every kind."""
+        self._engine = engine
+        context = serve.get_replica_context()
+        self._replica_id: str = context.replica_tag
+        self._rank = int(context.rank.rank)
+        self._model = model.name
+        self._node = _node_id()
+        self._process = psutil.Process(os.getpid())
+        self._heartbeats = asyncio.create_task(self._beat(actor, health.probe_period_s))
+        await engine.start()
+
+    async def run(self, request: Request, **_pin: str) -> AsyncGenerator[Events]:
+        """Events of one request. ``_pin`` names this replica; the request router has read it."""
+        async with aclosing(self._engine.run(request)) as answer:
+            async for events in answer:
+                yield events
+
+    async def get_health_status(self) -> EngineStatus:
+        return await self._engine.get_health_status()
+
+    async def check_health(self) -> None:
+        """Serve's own probe. Raises when the engine cannot work any more."""
+        status = await self._engine.get_health_status()
+        if status.state == "failed":
+            raise RuntimeError(status.detail or "the engine has failed")
+
+    async def _beat(self, actor: DeploymentHandle, period_s: float) -> None:
+        """A heartbeat every period; one that cannot be delivered must not stop the next."""
+        failing = False
+        while True:
+            try:
+                await asyncio.wait_for(actor.heartbeat.remote(await self._heartbeat()), timeout=10 * period_s)
+                failing = False
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                if not failing:
+                    logger.warning("heartbeats are not delivered: %s", error)
+                failing = True
+            await asyncio.sleep(period_s)
+
+    async def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            replica_id=self._replica_id,
+            model=self._model,
+            rank=self._rank,
+            node=self._node,
+            pid=os.getpid(),
+            engine=await self._engine.get_health_status(),
+            memory_bytes=self._process.memory_info().rss,
+        )
+
+
+def _node_id() -> str:
+    import ray
+
+    node: str = ray.get_runtime_context().get_node_id()
+    return node

@@ -1,0 +1,31 @@
+"""The health actor: one replica that everybody reports to, and that answers for the whole cluster."""
+
+from __future__ import annotations
+
+from blaze.clock import SystemClock
+from blaze.config import HealthConfig
+from blaze.health.supervisor import ClusterView, HealthSettings, Supervisor
+from blaze.types import Heartbeat, RouterReport
+
+
+class HealthActor:
+    """Its state is rebuilt from the next heartbeats and reports when Serve brings it back."""
+
+    def __init__(self, config: HealthConfig) -> None:
+        settings = HealthSettings(
+            probe_period_s=config.probe_period_s,
+            missed_probes=config.missed_probes,
+            stall_after_s=config.stall_after_s,
+        )
+        self._supervisor = Supervisor(settings, SystemClock())
+
+    async def heartbeat(self, heartbeat: Heartbeat) -> None:
+        self._supervisor.heartbeat(heartbeat)
+
+    async def report(self, report: RouterReport) -> None:
+        self._supervisor.report(report)
+
+    async def view(self, report: RouterReport) -> ClusterView:
+        """The cluster, with the asking Router's own numbers as they are now."""
+        self._supervisor.report(report)
+        return self._supervisor.view()

@@ -1,0 +1,21 @@
+"""LLM engine replicas."""
+
+from __future__ import annotations
+
+from ray.serve.handle import DeploymentHandle
+
+from blaze.config import HealthConfig, ModelConfig, cache_dir
+from deployments.engine import EngineReplica
+
+
+class LLMReplica(EngineReplica):
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, model: ModelConfig, health: HealthConfig, actor: DeploymentHandle
+    ) -> None:
+        # Imported in the replica: torch and transformers are heavy, and needed nowhere else.
+        from blaze.engines.llm.engine import LLMEngine
+        from blaze.models.sources import parse_source
+
+        source = parse_source(model.source or "", revision=model.revision)
+        engine = LLMEngine(source, model.llm_options, threads=model.threads, cache=cache_dir())
+        await self._host(engine, model, health, actor)

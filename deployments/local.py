@@ -1,0 +1,223 @@
+"""A Ray cluster of one's own on this machine: started, watched, and stopped without a trace.
+
+Every process of the cluster inherits a marker in its environment. Stopping ends all processes that carry
+it and no others, whatever state the start had got to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from blaze.config import APP_NAME, state_dir
+from blaze.errors import ConfigError, EnvironmentProblem
+from deployments.data_plane import fast_data_plane, private_proxy
+
+MARKER = "BLAZE_CLUSTER_ID"
+_OBJECT_STORE_BYTES = 512 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterRecord:
+    """What `blaze up` tells the other commands of its cluster, as a file in ``state_dir()``."""
+
+    cluster_id: str
+    pid: int
+    address: str  # of Ray
+    dashboard: str  # where `serve deploy` goes
+    url: str  # where requests go
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentProgress:
+    name: str
+    running: int
+    wanted: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ApplicationProgress:
+    status: str  # Serve's: NOT_STARTED, DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY, ...
+    message: str
+    deployments: tuple[DeploymentProgress, ...]
+
+
+class LocalCluster:
+    """A context manager: inside it a Ray cluster runs on 127.0.0.1; after it nothing of it is left."""
+
+    def __init__(self, *, num_cpus: int | None = None, fast: bool = True) -> None:
+        self.cluster_id = uuid.uuid4().hex
+        self._num_cpus = num_cpus
+        self._fast = fast
+        self._folder = Path(tempfile.gettempdir()) / f"blaze-{self.cluster_id[:8]}"
+        self._before: dict[str, str | None] = {}
+        self.address = ""
+        self.dashboard = ""
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        self._set_environment()
+        try:
+            import ray
+        except ImportError as error:
+            raise EnvironmentProblem(f"Ray is not installed: {error}") from None
+        dashboard_port = free_port()
+        context = ray.init(
+            address="local",
+            num_cpus=self._num_cpus,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=dashboard_port,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="error",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(self._folder / "ray"),
+        )
+        self.address = context.address_info["gcs_address"]
+        self.dashboard = f"http://127.0.0.1:{dashboard_port}"
+
+    def _set_environment(self) -> None:
+        """Ray's processes inherit it; it is put back when the cluster stops."""
+        variables = {
+            MARKER: self.cluster_id,
+            "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray turns 127.0.0.1 into the machine's outer address, unless it is told that this machine
+            # takes part in no cluster of several (the flag is named after the systems it was made for).
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        }
+        if self._fast:
+            variables |= fast_data_plane()
+            variables |= private_proxy(
+                self._folder / "haproxy", metrics_port=free_port(), stats_port=free_port()
+            )
+        for name, value in variables.items():
+            self._before[name] = os.environ.get(name)
+            os.environ[name] = value
+
+    def deploy(self, serve_config: Mapping[str, Any]) -> None:
+        """What `serve deploy` does. Raises :class:`ConfigError` when Serve refuses the file."""
+        try:
+            self._submission().deploy_applications(dict(serve_config))
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"Serve refuses the config: {error}") from None
+
+    def progress(self, app_name: str = APP_NAME) -> ApplicationProgress:
+        details = self._submission().get_serve_details()
+        application = details.get("applications", {}).get(app_name)
+        if application is None:
+            return ApplicationProgress("NOT_STARTED", "", ())
+        deployments = tuple(
+            DeploymentProgress(
+                name=name,
+                running=sum(replica["state"] == "RUNNING" for replica in deployment["replicas"]),
+                wanted=int(deployment["target_num_replicas"]),
+                message=deployment["message"],
+            )
+            for name, deployment in application["deployments"].items()
+        )
+        return ApplicationProgress(application["status"], application["message"], deployments)
+
+    def _submission(self) -> Any:
+        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+        return ServeSubmissionClient(self.dashboard)
+
+    def stop(self) -> None:
+        """End every process of the cluster. Safe at any time, more than once."""
+        try:
+            import ray
+
+            ray.shutdown()
+        except Exception as error:  # a start that was cut off leaves Ray in any state: the sweep decides
+            print(f"ray.shutdown: {error}")  # noqa: T201
+        sweep(self.cluster_id)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._before.clear()
+
+
+def sweep(cluster_id: str, *, patience_s: float = 3.0) -> None:
+    """End all processes that carry the cluster's marker: first asked, then killed, until none is left."""
+    asked_at: float | None = None
+    for _ in range(600):  # bounded: a process that cannot be killed must not hang us for ever
+        left = list(processes(cluster_id))
+        if not left:
+            return
+        if asked_at is None:
+            asked_at = time.monotonic()
+        for process in left:
+            try:
+                if time.monotonic() - asked_at > patience_s:
+                    process.kill()
+                else:
+                    process.terminate()
+            except psutil.NoSuchProcess:
+                pass
+        psutil.wait_procs(left, timeout=0.2)
+
+
+def processes(cluster_id: str) -> Iterator[psutil.Process]:
+    """Living processes other than this one that carry the cluster's marker."""
+    me = os.getpid()
+    for process in psutil.process_iter():
+        if process.pid == me:
+            continue
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARKER) == cluster_id:
+                yield process
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_record(record: ClusterRecord) -> Path:
+    path = state_dir() / f"{record.cluster_id}.json"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.write_text(json.dumps(asdict(record)), encoding="utf-8")
+    return path
+
+
+def read_records() -> list[ClusterRecord]:
+    """Clusters that `blaze up` runs on this machine, the newest first; stale records too."""
+    files = sorted(state_dir().glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    return [ClusterRecord(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+
+
+def remove_record(cluster_id: str) -> None:
+    (state_dir() / f"{cluster_id}.json").unlink(missing_ok=True)

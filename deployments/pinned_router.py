@@ -1,0 +1,47 @@
+"""A Serve request router that obeys: a call goes to the replica that the dispatcher picked, or fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+import deployments.pinned_state as state
+from blaze.errors import ReplicaLost
+from blaze.routing.replicas import ReplicaInfo
+
+
+class PinnedRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
+    """Chooses nothing itself: the dispatcher names the replica in the call's ``blaze_pin``.
+
+    Every change of the live set is published to :mod:`deployments.pinned_state`, where the dispatcher in
+    the same process reads it.
+    """
+
+    _by_pin: Mapping[str, RunningReplica] = MappingProxyType({})
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        self._by_pin = {r.replica_id.unique_id: r for r in replicas}
+        live = tuple(ReplicaInfo(r.replica_id.unique_id, node=r.node_id or "") for r in replicas)
+        key = f"{self._deployment_id.app_name}#{self._deployment_id.name}"
+        state.live_sets.publish(key, live)
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        pin = pending_request.kwargs.get(state.PIN)
+        if is_retry:
+            # Serve tried and the replica is dead, unreachable or refuses: where to go next is the
+            # dispatcher's decision, not Serve's.
+            raise ReplicaLost(f"Replica {pin} did not take the request.")
+        replica = self._by_pin.get(pin)
+        if replica is None:
+            raise ReplicaLost(f"Replica {pin} is gone.")
+        return replica
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        raise NotImplementedError("calls to this deployment are pinned to a replica")

@@ -1,0 +1,67 @@
+"""The replicas of one engine deployment, as the dispatcher sees them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import RequestCancelledError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+import deployments.pinned_state as state
+from blaze.errors import BlazeError, Cancelled, EngineFailure, ReplicaLost
+from blaze.routing.replicas import ReplicaInfo
+from blaze.types import Events, ReplicaId, Request
+
+
+class RayReplicaPool:
+    """A :class:`blaze.routing.pool.ReplicaPool` over a Serve handle whose request router is pinned."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._key = f"{handle.app_name}#{handle.deployment_name}"
+        # Options are set once: they also start Serve's router, and with it the flow of live sets.
+        # Plain pickle is faster than cloudpickle, and events are plain importable classes.
+        self._handle = handle.options(
+            method_name="run", stream=True, request_serialization="pickle", response_serialization="pickle"
+        )
+
+    def live(self) -> tuple[ReplicaInfo, ...]:
+        return state.live_sets.live(self._key)
+
+    def subscribe(self, listener: Callable[[tuple[ReplicaInfo, ...]], None]) -> None:
+        def on_this_loop(live: tuple[ReplicaInfo, ...]) -> None:
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(listener, live)
+
+        state.live_sets.subscribe(self._key, on_this_loop)
+
+    def call(self, replica_id: ReplicaId, request: Request) -> RayReplicaCall:
+        return RayReplicaCall(self._handle.remote(request, **{state.PIN: replica_id}))
+
+
+class RayReplicaCall:
+    """One streaming call; what Ray raises becomes Blaze's own errors here, and nowhere else."""
+
+    def __init__(self, responses: DeploymentResponseGenerator) -> None:
+        self._responses = responses
+
+    def __aiter__(self) -> RayReplicaCall:
+        return self
+
+    async def __anext__(self) -> Events:
+        try:
+            events: Events = await self._responses.__anext__()
+        except (StopAsyncIteration, BlazeError):
+            raise
+        except RayActorError as error:  # died, or unreachable: for the stream it is the same
+            raise ReplicaLost(f"The replica was lost: {type(error).__name__}") from error
+        except RequestCancelledError as error:
+            raise Cancelled("The call was cancelled.") from error
+        except Exception as error:
+            raise EngineFailure(f"The replica raised {type(error).__name__}: {error}") from error
+        return events
+
+    def cancel(self) -> None:
+        self._responses.cancel()

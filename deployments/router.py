@@ -1,0 +1,43 @@
+"""The Router: HTTP ingress, handle methods, and the dispatcher behind both."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from blaze.api.app import create_app
+from blaze.config import BlazeConfig
+from blaze.errors import BlazeError
+from blaze.types import Events, Failed, Request
+from deployments.service import ClusterService
+
+
+@serve.ingress()  # the application is made in __serve_build_asgi_app__, when the dispatcher is there
+class Router:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: BlazeConfig, engines: dict[str, DeploymentHandle], health: DeploymentHandle
+    ) -> None:
+        self._max_body_bytes = config.router.max_body_bytes
+        self._service = ClusterService(config, engines, health, serve.get_replica_context().replica_tag)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        # Serve's own middleware gives every response its x-request-id.
+        return create_app(self._service, max_body_bytes=self._max_body_bytes, echo_request_id=False)
+
+    async def stream(self, request: Request) -> AsyncGenerator[Events]:
+        """Handle calls: batches of events, the last of which ends with ``Finished`` or ``Failed``."""
+        try:
+            opened = await self._service.open(request)
+        except BlazeError as error:
+            yield (Failed(error.info),)
+            return
+        async with opened:
+            async for events in opened:
+                yield events
+
+    async def status(self) -> dict[str, Any]:
+        return await self._service.status()
