@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from blaze.version import __version__
+
 if TYPE_CHECKING:
     from blaze.client import Client
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "connect"]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -96,7 +97,9 @@ class Client:
                 if isinstance(event, TextDelta) and event.text:
                     yield event.text
 
-    def images(self, model: str, prompt: str, *, timeout_s: float | None = None, **options: Any) -> list[ImageReady]:
+    def images(
+        self, model: str, prompt: str, *, timeout_s: float | None = None, **options: Any
+    ) -> list[ImageReady]:
         """Encoded images. ``options``: fields of :class:`ImageRequest` (``n``, ``seed``, ``width``, ...)."""
         request = ImageRequest(f"handle-{uuid.uuid4().hex}", model, prompt, timeout_s=timeout_s, **options)
         return [event for event in self.events(request) if isinstance(event, ImageReady)]
@@ -108,7 +111,7 @@ class Client:
         result: dict[str, Any] = self._status.remote().result()
         return result
 
-    def events(self, request: Request) -> Iterator[Event]:
+    def events(self, request: Request) -> Generator[Event]:
         """The request's events one by one; raises where the terminal event is ``Failed``."""
         from ray.exceptions import RayError
 
@@ -150,6 +153,7 @@ def _message(message: Mapping[str, Any]) -> ChatMessage:
 
 def connect(address: str | None = None, *, app_name: str = APP_NAME) -> Client:
     """See :func:`blaze.connect`."""
+    target = address or os.environ.get("RAY_ADDRESS") or local_address() or "auto"
     # A driver has no event loop of its own for Serve's router to share.
     os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
     try:
@@ -159,7 +163,8 @@ def connect(address: str | None = None, *, app_name: str = APP_NAME) -> Client:
     except ImportError as error:
         raise EnvironmentProblem(f"Ray is not installed: {error}") from None
     if not ray.is_initialized():
-        target = address or os.environ.get("RAY_ADDRESS") or local_address() or "auto"
+        _check_reachable(target)
+        _use_token_when_there_is_one()
         try:
             ray.init(address=target, log_to_driver=False, logging_level="error")
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -170,7 +175,33 @@ def connect(address: str | None = None, *, app_name: str = APP_NAME) -> Client:
         raise EnvironmentProblem(f"no application {app_name!r} runs on this cluster: {error}") from None
 
 
+def _check_reachable(target: str) -> None:
+    """Raises :class:`EnvironmentProblem` at once where Ray would try for minutes; "auto" is Ray's to find."""
+    host, _, port = target.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        return
+    if host in ("127.0.0.1", "localhost"):
+        # A cluster that is bound to this machine. Ray would turn the address into the machine's outer
+        # one, where nothing listens, unless it takes this machine for one that is in no cluster.
+        from ray._private import ray_constants
+
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except OSError as error:
+        raise EnvironmentProblem(f"no Ray cluster at {target}: {error}") from None
+
+
+def _use_token_when_there_is_one() -> None:
+    """A new cluster asks for the token in ``~/.ray``; Ray sends it only where RAY_AUTH_MODE says so."""
+    from ray._private.authentication.authentication_token_setup import (
+        maybe_enable_token_auth_if_token_available,
+    )
+
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
 def local_address() -> str | None:
-    """The Ray address of a cluster that `blaze up` runs on this machine; the newest when there are several."""
+    """The Ray address of the newest cluster that `blaze up` runs on this machine."""
     files = sorted(state_dir().glob("*.json"), key=lambda file: file.stat().st_mtime)
     return str(json.loads(files[-1].read_text(encoding="utf-8"))["address"]) if files else None

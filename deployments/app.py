@@ -10,9 +10,8 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 
-from blaze.config import BlazeConfig, ModelConfig, parse_args
-from blaze.errors import ConfigError
-from blaze.models.sources import parse_source
+from blaze.config import ModelConfig, parse_args
+from blaze.models.sources import check_sources
 from blaze.types import EngineKind
 from deployments.autoscaling import scaling_options
 from deployments.diffusion import DiffusionReplica
@@ -33,7 +32,7 @@ _MANY = 10_000  # Serve's limit on calls at once, where Blaze has an admission o
 def build_app(args: dict[str, Any]) -> Application:
     """Validate everything, then build the Router, one engine deployment per model, and the health actor.
 
-    Raises :class:`ConfigError` naming every wrong field, before anything on the cluster changes.
+    Raises :class:`blaze.errors.ConfigError` naming every wrong field, before anything on the cluster changes.
     """
     config = parse_args(args)
     check_sources(config)
@@ -53,19 +52,6 @@ def build_app(args: dict[str, Any]) -> Application:
         max_ongoing_requests=_MANY,
     )
     return router.bind(config, engines, health)
-
-
-def check_sources(config: BlazeConfig) -> None:
-    """Raises :class:`ConfigError` naming each model whose files are missing or unsafe."""
-    wrong = []
-    for index, model in enumerate(config.models):
-        if model.source is not None:
-            try:
-                parse_source(model.source, revision=model.revision)
-            except ConfigError as error:
-                wrong.append(f"models[{index}].{error.message}")
-    if wrong:
-        raise ConfigError("; ".join(wrong))
 
 
 def engine_deployment(model: ModelConfig, routers: int) -> Deployment:

@@ -10,10 +10,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from blaze import __version__
 from blaze.api.service import ModelCard, Readiness
 from blaze.health.supervisor import ClusterView
 from blaze.types import TTFT_BUCKETS_S, ModelCounters, ReplicaState
+from blaze.version import __version__
 
 
 def status_object(cards: Sequence[ModelCard], view: ClusterView, readiness: Readiness) -> dict[str, Any]:

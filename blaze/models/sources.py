@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from blaze.errors import ModelSourceError
+from blaze.config import BlazeConfig
+from blaze.errors import ConfigError, ModelSourceError
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
@@ -54,6 +55,19 @@ def parse_source(text: str, *, revision: str | None = None) -> ModelSource:
     raise ModelSourceError(
         f"source {text!r} is neither a hub id, nor a path, nor package:name/path", param="source"
     )
+
+
+def check_sources(config: BlazeConfig) -> None:
+    """Raises :class:`ConfigError` naming each model whose files are missing or unsafe."""
+    wrong = []
+    for index, model in enumerate(config.models):
+        if model.source is not None:
+            try:
+                parse_source(model.source, revision=model.revision)
+            except ConfigError as error:
+                wrong.append(f"models[{index}].{error.message}")
+    if wrong:
+        raise ConfigError("; ".join(wrong))
 
 
 def package_path(reference: str) -> Path:

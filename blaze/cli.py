@@ -1,0 +1,263 @@
+"""The command line: thin wrappers around the local cluster, the HTTP API and the doctor."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from blaze.errors import BlazeError, EnvironmentProblem
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Serve language and diffusion models on Ray."
+)
+console = Console()
+stderr = Console(stderr=True)
+
+DEFAULT_CONFIG = Path("serve_config.yaml")
+Url = Annotated[
+    str | None, typer.Option(help="Base URL; default: the cluster of `blaze up`, then port 8000.")
+]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What the user can mend is one line and exit code 2, never a traceback."""
+    try:
+        yield
+    except BlazeError as error:
+        stderr.print(f"blaze: {error.message}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except httpx.HTTPError as error:
+        stderr.print(
+            f"blaze: no answer from the server: {error}", highlight=False, markup=False, soft_wrap=True
+        )
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def up(
+    file: Annotated[Path, typer.Argument(help="A Serve config that deploys Blaze.")] = DEFAULT_CONFIG,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="HTTP port; wins over the file.")] = None,
+) -> None:
+    """Start a local Ray, deploy FILE, and serve until Ctrl-C."""
+    with one_line_errors():
+        try:
+            from deployments.up import up as run
+        except ImportError as error:
+            raise EnvironmentProblem(f"Ray is not installed: {error}; pip install 'ray[serve]'") from None
+        run(file, port, console)
+
+
+@app.command()
+def down() -> None:
+    """Stop every cluster that `blaze up` runs on this machine, and nothing else."""
+    from deployments.local import read_records, remove_record, sweep
+
+    records = read_records()
+    for record in records:
+        if _is_blaze_up(record.pid):
+            os.kill(record.pid, signal.SIGTERM)
+            psutil.wait_procs([psutil.Process(record.pid)], timeout=60)
+        sweep(record.cluster_id)
+        remove_record(record.cluster_id)
+        console.print(f"stopped {record.url}")
+    if not records:
+        console.print("nothing runs")
+
+
+def _is_blaze_up(pid: int) -> bool:
+    """The process that wrote the record, not one that got its number later."""
+    try:
+        return "up" in psutil.Process(pid).cmdline()
+    except psutil.NoSuchProcess:
+        return False
+
+
+@app.command()
+def status(
+    url: Url = None, as_json: Annotated[bool, typer.Option("--json", help="As the API gives it.")] = False
+) -> None:
+    """Models and replicas of a running cluster."""
+    with one_line_errors():
+        body = _get_json(f"{base_url(url)}/api/v1/blaze/status")
+    if as_json:
+        console.print_json(data=body)
+        return
+    models = Table("model", "engine", "strategy", "ready", "waiting", title=f"Blaze {body['version']}")
+    for model in body["models"]:
+        ready = f"{model['ready']}/{model['replicas']}"
+        models.add_row(model["name"], model["engine"], model["strategy"], ready, str(model["waiting"]))
+    replicas = Table(
+        "replica", "model", "rank", "pid", "state", "in flight", "requests", "failures", "memory"
+    )
+    for replica in body["replicas"]:
+        numbers = [str(replica[key]) for key in ("in_flight", "requests", "failures")]
+        memory = f"{replica['memory_bytes'] / 2**20:.0f} MiB"
+        identity = [
+            replica["id"],
+            replica["model"],
+            str(replica["rank"]),
+            str(replica["pid"]),
+            replica["state"],
+        ]
+        replicas.add_row(*identity, *numbers, memory)
+    console.print(models, replicas)
+
+
+@app.command()
+def chat(
+    message: Annotated[
+        list[str] | None, typer.Argument(help="One message; without it, a conversation.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Default: the first language model.")] = None,
+    url: Url = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 512,
+) -> None:
+    """Talk to a language model; the answer appears as it is generated."""
+    with one_line_errors():
+        base = base_url(url)
+        request: dict[str, Any] = {
+            "model": model or first_model(base, ("llm", "simulator")),
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+            "stream": True,
+            "messages": [],
+        }
+        if message:
+            _turn(base, request, " ".join(message))
+            return
+        while (text := _ask()) is not None:
+            _turn(base, request, text)
+
+
+def _ask() -> str | None:
+    try:
+        return console.input("[bold]> [/]")
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _turn(base: str, request: dict[str, Any], text: str) -> None:
+    """Send the conversation with one more message, print the answer, and add both to it."""
+    request["messages"].append({"role": "user", "content": text})
+    answer = ""
+    for piece in stream_text(f"{base}/v1/chat/completions", request):
+        answer += piece
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    request["messages"].append({"role": "assistant", "content": answer})
+
+
+@app.command()
+def image(
+    prompt: Annotated[str, typer.Argument(help='For example "a red seven on white".')],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the image goes; png, jpeg or webp.")],
+    model: Annotated[str | None, typer.Option(help="Default: the first diffusion model.")] = None,
+    url: Url = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT")] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Draw an image and write it to a file."""
+    with one_line_errors():
+        suffix = output.suffix.lstrip(".").lower().replace("jpg", "jpeg")
+        if suffix not in ("png", "jpeg", "webp"):
+            raise EnvironmentProblem(f"{output}: the name must end in .png, .jpeg or .webp")
+        base = base_url(url)
+        request = {
+            "model": model or first_model(base, ("diffusion",)),
+            "prompt": prompt,
+            "seed": seed,
+            "size": size,
+            "num_inference_steps": steps,
+            "output_format": suffix,
+        }
+        body = _check(httpx.post(f"{base}/v1/images/generations", json=request, timeout=600.0)).json()
+        output.write_bytes(base64.b64decode(body["data"][0]["b64_json"]))
+        console.print(f"{output}  {body['size']}, seed {body['data'][0]['seed']}")
+
+
+@app.command()
+def doctor(port: Annotated[int, typer.Option(help="The port that `blaze up` is to use.")] = 8000) -> None:
+    """What is wrong with this machine, and the fix. Exit code 1 when something is."""
+    from blaze.doctor import examine
+
+    table = Table("check", "", "found", "fix")
+    findings = examine(port=port)
+    for finding in findings:
+        table.add_row(
+            finding.name, "[green]ok[/]" if finding.ok else "[red]no[/]", finding.detail, finding.fix
+        )
+    console.print(table)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+# --- HTTP ------------------------------------------------------------------------------------------
+
+
+def base_url(given: str | None) -> str:
+    if given:
+        return given.rstrip("/")
+    from deployments.local import read_records
+
+    records = read_records()
+    return records[0].url if records else "http://127.0.0.1:8000"
+
+
+def first_model(base: str, engines: tuple[str, ...]) -> str:
+    for model in _get_json(f"{base}/api/v1/blaze/status")["models"]:
+        if model["engine"] in engines:
+            return str(model["name"])
+    raise EnvironmentProblem(f"this cluster has no {' or '.join(engines)} model")
+
+
+def stream_text(url: str, request: dict[str, Any]) -> Iterator[str]:
+    """The text of a streamed chat answer. Raises :class:`EnvironmentProblem` with the server's own words."""
+    with httpx.stream("POST", url, json=request, timeout=600.0) as response:
+        if response.status_code != 200:
+            response.read()
+            _check(response)
+        for line in response.iter_lines():
+            data = line.removeprefix("data: ")
+            if not line or data == "[DONE]":
+                continue
+            event = json.loads(data)
+            if "error" in event:
+                raise EnvironmentProblem(event["error"]["message"])
+            for choice in event["choices"]:
+                yield choice["delta"].get("content") or ""
+
+
+def _get_json(url: str) -> dict[str, Any]:
+    body: dict[str, Any] = _check(httpx.get(url, timeout=30.0)).json()
+    return body
+
+
+def _check(response: httpx.Response) -> httpx.Response:
+    if response.status_code != 200:
+        try:
+            message = response.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = f"HTTP {response.status_code}"
+        raise EnvironmentProblem(message)
+    return response
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,200 @@
+"""`blaze up`: check, prepare the models, start a cluster, deploy, and stay until told to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from blaze.config import APP_NAME, BlazeConfig, blaze_application, cache_dir, load_serve_config, parse_args
+from blaze.errors import EnvironmentProblem
+from blaze.models.cache import is_converted, local_model
+from blaze.models.memory import replica_bytes
+from blaze.models.sources import check_sources, parse_source
+from deployments.local import (
+    ApplicationProgress,
+    ClusterRecord,
+    LocalCluster,
+    remove_record,
+    write_record,
+)
+
+_POLL_S = 0.25
+
+
+class Stopped(BaseException):
+    """A signal asked for the end. Not an Exception: nothing on the way may swallow it."""
+
+
+def up(path: Path, port: int | None, console: Console) -> None:
+    """Run until SIGINT, SIGTERM or SIGHUP. Raises :class:`blaze.errors.BlazeError` when it cannot start.
+
+    Whatever happens, every process that was started is gone when this returns.
+    """
+    serve_config = load_serve_config(path)
+    application = blaze_application(serve_config)
+    config = parse_args(application.get("args") or {})
+    check_sources(config)
+    host, port = _listen(serve_config, port)
+    check_port(host, port)
+    check_memory(config)
+    with stopping_on_signals():
+        prepare_models(config, console)
+        with console.status("Starting Ray"):
+            cluster = LocalCluster().__enter__()
+        try:
+            stop_on_signals()  # again: Ray has put its own handlers in their place
+            _serve(cluster, serve_config, application.get("name", APP_NAME), f"http://{host}:{port}", console)
+        finally:
+            ignore_signals()
+            with console.status("Stopping"):
+                cluster.stop()
+            remove_record(cluster.cluster_id)
+
+
+def _serve(
+    cluster: LocalCluster, serve_config: dict[str, Any], app_name: str, url: str, console: Console
+) -> None:
+    write_record(ClusterRecord(cluster.cluster_id, os.getpid(), cluster.address, cluster.dashboard, url))
+    cluster.deploy(serve_config)
+    wait_until_ready(cluster, app_name, url, console)
+    announce(serve_config, url, cluster, console)
+    while True:
+        signal.pause()
+
+
+def _listen(serve_config: dict[str, Any], port: int | None) -> tuple[str, int]:
+    """Where HTTP will listen; ``--port`` wins over the file, and the default host is this machine only."""
+    options = serve_config.setdefault("http_options", {})
+    options.setdefault("host", "127.0.0.1")
+    if port is not None:
+        options["port"] = port
+    return str(options["host"]), int(options.setdefault("port", 8000))
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises :class:`EnvironmentProblem` when something listens there already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"cannot listen on {host}:{port}: {error.strerror}; try --port"
+            ) from None
+
+
+def check_memory(config: BlazeConfig) -> None:
+    """Raises :class:`EnvironmentProblem` when the models cannot fit into what is free now."""
+    needed = sum(replica_bytes(model) * (model.replicas or 1) for model in config.models)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise EnvironmentProblem(
+            f"too little memory: the models need about {needed / 2**30:.1f} GiB, "
+            f"and {free / 2**30:.1f} GiB are free"
+        )
+
+
+def prepare_models(config: BlazeConfig, console: Console) -> None:
+    """Convert what has to be converted, once, with a progress bar, before anything is started."""
+    for model in config.models:
+        source = None if model.source is None else parse_source(model.source, revision=model.revision)
+        if source is None or is_converted(source, cache_dir()):
+            continue
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(f"{model.name}: converting, once", total=3)
+
+            def show(what: str, step: int, total: int, task: Any = task, name: str = model.name) -> None:
+                bar.update(task, description=f"{name}: {what}", completed=step, total=total)
+
+            local_model(source, cache_dir(), show)
+
+
+def wait_until_ready(cluster: LocalCluster, app_name: str, url: str, console: Console) -> None:
+    """Shows what is loading. Raises :class:`EnvironmentProblem` when Serve gives up."""
+    started = time.monotonic()
+    with console.status("Deploying") as status:
+        while True:
+            progress = cluster.progress(app_name)
+            if progress.status == "DEPLOY_FAILED":
+                raise EnvironmentProblem(f"the deployment failed: {_reason(progress)}")
+            if progress.status == "RUNNING" and _answers(f"{url}/ready"):
+                return
+            waiting = [d for d in progress.deployments if d.running < d.wanted]
+            shown = ", ".join(f"{d.name} {d.running}/{d.wanted}" for d in waiting) or "the application"
+            status.update(f"Loading {shown} ({time.monotonic() - started:.0f} s)")
+            time.sleep(_POLL_S)
+
+
+def _reason(progress: ApplicationProgress) -> str:
+    messages = [d.message for d in progress.deployments if d.message] or [progress.message]
+    return " ".join(messages[0].split())[-2000:]
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2.0).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def announce(serve_config: dict[str, Any], url: str, cluster: LocalCluster, console: Console) -> None:
+    config = parse_args(blaze_application(serve_config)["args"])
+    names = ", ".join(model.name for model in config.models)
+    console.print(f"[bold green]Blaze is ready[/]  {url}  ({names})")
+    console.print(
+        f"curl {url}/v1/chat/completions -H 'content-type: application/json' "
+        f'-d \'{{"model": "{config.models[0].name}", '
+        '"messages": [{"role": "user", "content": "What is the capital of France?"}]}\'',
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(
+        f"Deploy changes with: serve deploy FILE -a {cluster.dashboard}. Ctrl-C or `blaze down` ends it."
+    )
+
+
+# --- Signals ---------------------------------------------------------------------------------------
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _stop(_signum: int, _frame: FrameType | None) -> None:
+    ignore_signals()  # one is enough: the clean-up must not be cut off by the next
+    raise Stopped
+
+
+def stop_on_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, _stop)
+
+
+def ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Inside, a signal raises :class:`Stopped`; outside of it, that is the normal end."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    stop_on_signals()
+    try:
+        yield
+    except Stopped:
+        pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
