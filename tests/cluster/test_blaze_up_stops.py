@@ -1,0 +1,100 @@
+"""`blaze up` ends in good order: nothing of it is left, whenever it is told to stop."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from deployments.local import free_port
+from tests.cluster.blaze_up import BlazeUp, blaze_up
+from tests.cluster.served import answers, serve_config, simulator
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(serve_config(free_port(), [simulator(replicas=2)])), encoding="utf-8")
+    return path
+
+
+def _names(run: BlazeUp) -> set[str]:
+    names = set()
+    for process in run.descendants():
+        try:
+            names.add(" ".join(process.cmdline()) or process.name())
+        except psutil.NoSuchProcess:
+            continue
+    return names
+
+
+def _ray_is_starting(run: BlazeUp) -> bool:
+    return any("gcs_server" in name for name in _names(run))
+
+
+def _replicas_are_loading(run: BlazeUp) -> bool:
+    return any("ServeReplica" in name for name in _names(run))
+
+
+def _at_rest(run: BlazeUp) -> bool:
+    return "Blaze is ready" in run.output()
+
+
+@pytest.mark.parametrize("moment", [_ray_is_starting, _replicas_are_loading, _at_rest])
+def test_ctrl_c_leaves_no_process_behind(
+    tmp_path: Path, config: Path, moment: Callable[[BlazeUp], bool]
+) -> None:
+    with blaze_up(tmp_path, str(config)) as run:
+        eventually(lambda: moment(run), within_s=90, every_s=0.02)
+        assert run.descendants()  # or there would be nothing to show
+        run.interrupt()
+        assert run.process.wait(timeout=60) == 0, run.output()
+        assert run.descendants() == []
+        assert list((tmp_path / "state").glob("**/*.json")) == []
+
+
+def test_a_port_in_use_is_one_line_and_exit_code_2(tmp_path: Path, config: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with blaze_up(tmp_path, str(config), "--port", str(port)) as run:
+            assert run.process.wait(timeout=60) == 2
+            assert run.output().count("\n") == 1 and str(port) in run.output()
+            assert run.descendants() == []
+
+
+def test_a_wrong_config_is_refused_before_anything_starts(tmp_path: Path, config: Path) -> None:
+    broken = yaml.safe_load(config.read_text(encoding="utf-8"))
+    broken["applications"][0]["args"]["models"][0]["simulator"] = {"slots": 0}
+    config.write_text(yaml.safe_dump(broken), encoding="utf-8")
+    with blaze_up(tmp_path, str(config)) as run:
+        assert run.process.wait(timeout=60) == 2
+        assert "models[0].simulator.slots" in run.output() and "(got 0)" in run.output()
+        assert run.descendants() == []
+
+
+def test_down_status_and_chat_find_the_running_cluster(tmp_path: Path, config: Path) -> None:
+    with blaze_up(tmp_path, str(config)) as run:
+        run.wait_for("Blaze is ready")
+        url = f"http://127.0.0.1:{yaml.safe_load(config.read_text(encoding='utf-8'))['http_options']['port']}"
+
+        status = run.run("status")
+        assert status.returncode == 0 and "2/2" in status.stdout
+        spoken = run.run("chat", "hello")
+        assert spoken.returncode == 0 and len(spoken.stdout.split()) == 16
+        wrong = run.run("chat", "--model", "nope", "hello")
+        assert wrong.returncode == 2 and "`nope` does not exist" in wrong.stderr
+
+        down = run.run("down")
+        assert down.returncode == 0 and url in down.stdout
+        assert run.process.wait(timeout=60) == 0
+        assert run.descendants() == []
+        assert not answers(f"{url}/health")
