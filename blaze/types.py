@@ -2,6 +2,9 @@
 
 A request travels down as :class:`GenerateRequest` or :class:`ImageRequest`; its answer travels back as
 a sequence of events that ends with exactly one terminal event, :class:`Finished` or :class:`Failed`.
+
+No ``slots``: these values are pickled between processes for every token, and a frozen dataclass with slots
+is pickled by Python code, one without by C.
 """
 
 from __future__ import annotations
@@ -38,26 +41,26 @@ class ReplicaState(StrEnum):
 # --- Requests --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ChatMessage:
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
     name: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ChatPrompt:
     """Messages that the model's own chat template turns into tokens."""
 
     messages: tuple[ChatMessage, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TextPrompt:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TokenPrompt:
     token_ids: tuple[TokenId, ...]
 
@@ -65,7 +68,7 @@ class TokenPrompt:
 Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 filter nothing."""
 
@@ -79,7 +82,7 @@ class SamplingParams:
     ignore_eos: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GenerateRequest:
     """Text generation. ``timeout_s``: seconds left of the deadline when the value was made."""
 
@@ -90,7 +93,7 @@ class GenerateRequest:
     timeout_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ImageRequest:
     """Text to image; names and meanings are diffusers'. None: the model's own default.
 
@@ -117,28 +120,28 @@ Request: TypeAlias = GenerateRequest | ImageRequest
 # --- Events ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     images: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TokenLogprob:
     token: str
     token_id: TokenId
     logprob: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Started:
     """The engine has taken the request up. Diffusion engines send no token ids."""
 
     prompt_token_ids: tuple[TokenId, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TextDelta:
     """New text of choice ``index``, and the ids it came from (text may lag behind the ids)."""
 
@@ -148,13 +151,13 @@ class TextDelta:
     logprobs: tuple[TokenLogprob, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ChoiceFinished:
     index: int
     reason: FinishReason
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ImageReady:
     """One encoded image; ``seed`` is the seed that draws it again."""
 
@@ -166,7 +169,7 @@ class ImageReady:
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Progress:
     """Denoising step ``step`` of ``total`` is done."""
 
@@ -174,12 +177,12 @@ class Progress:
     total: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Finished:
     usage: Usage
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Failed:
     error: ErrorInfo
 
@@ -192,7 +195,7 @@ Events: TypeAlias = tuple[Event, ...]  # several to a message when the reader is
 # --- What replicas and routers report --------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class EngineStatus:
     """An engine's own account of itself; ``work_pending`` counts queued and running requests."""
 
@@ -209,7 +212,7 @@ class EngineStatus:
         return self.running + self.queued
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Heartbeat:
     """Pushed by every replica once a probe period."""
 
@@ -222,7 +225,7 @@ class Heartbeat:
     memory_bytes: int  # resident set size of the replica's process
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ReplicaCounters:
     """One Router's account of one replica."""
 
@@ -234,7 +237,7 @@ class ReplicaCounters:
     failures: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelCounters:
     """One Router's account of one model. ``ttft_buckets[i]`` counts times up to ``TTFT_BUCKETS_S[i]``."""
 
@@ -266,7 +269,7 @@ TTFT_BUCKETS_S: tuple[float, ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RouterReport:
     """Pushed by every Router once a probe period."""
 

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
-from blaze.errors import BlazeError, ReplicaLost
+from blaze.api.report import metrics_text, status_object
+from blaze.api.service import ModelCard, Readiness
+from blaze.errors import ModelNotFound, ReplicaLost
+from blaze.health.supervisor import HealthSettings, Supervisor
+from blaze.routing.dispatcher import Dispatcher, DispatchSettings, RoutedStream
 from blaze.routing.replicas import ReplicaInfo
+from blaze.routing.strategies import make_strategy
 from blaze.types import (
     ChoiceFinished,
+    EngineKind,
     Event,
     Events,
     Finished,
+    Heartbeat,
+    ReplicaCounters,
     ReplicaId,
     Request,
+    RouterReport,
     Started,
     TextDelta,
     Usage,
 )
+
+
+Script: TypeAlias = list[Events | Exception]  # of one call: batches given out, errors raised
 
 
 class FakeClock:
@@ -41,7 +55,17 @@ class FakeView:
     weight: float = 1.0
 
 
-def answer(text: str = "ok") -> list[Events | BlazeError]:
+class ByteDecoder:
+    """A byte-level vocabulary: token ``i`` stands for ``pieces[i]``, which may be part of a character."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self._pieces = pieces
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return b"".join(self._pieces[token] for token in token_ids).decode("utf-8", errors="replace")
+
+
+def answer(text: str = "ok") -> Script:
     """A complete answer of one token."""
     events: tuple[Event, ...] = (
         Started((1, 2, 3)),
@@ -55,7 +79,7 @@ def answer(text: str = "ok") -> list[Events | BlazeError]:
 class FakeCall:
     """Plays a script: batches are given out, errors raised; a held call waits for ``release``."""
 
-    def __init__(self, script: Sequence[Events | BlazeError], *, held: bool = False) -> None:
+    def __init__(self, script: Sequence[Events | Exception], *, held: bool = False) -> None:
         self._script = list(script)
         self._go = asyncio.Event()
         if not held:
@@ -65,6 +89,10 @@ class FakeCall:
     def release(self) -> None:
         self._go.set()
 
+    def hold(self) -> None:
+        """The next batch waits for ``release`` again."""
+        self._go.clear()
+
     def __aiter__(self) -> FakeCall:
         return self
 
@@ -73,7 +101,7 @@ class FakeCall:
         if not self._script:
             raise StopAsyncIteration
         step = self._script.pop(0)
-        if isinstance(step, BlazeError):
+        if isinstance(step, Exception):
             raise step
         return step
 
@@ -86,7 +114,7 @@ class FakePool:
     """Replicas by id, each with the scripts of its next calls; without one it answers "ok"."""
 
     ids: Sequence[ReplicaId] = ("a", "b")
-    scripts: dict[ReplicaId, list[list[Events | BlazeError]]] = field(default_factory=dict)
+    scripts: dict[ReplicaId, list[Script]] = field(default_factory=dict)
     held: bool = False
     calls: list[tuple[ReplicaId, Request]] = field(default_factory=list)
     open_calls: list[FakeCall] = field(default_factory=list)
@@ -111,3 +139,65 @@ class FakePool:
         call = FakeCall(queued.pop(0) if queued else answer(), held=self.held)
         self.open_calls.append(call)
         return call
+
+
+class FakeService:
+    """One Router without Ray: a real dispatcher per model over a fake pool, and a real supervisor."""
+
+    def __init__(
+        self,
+        pools: Mapping[str, FakePool],
+        *,
+        kinds: Mapping[str, EngineKind] | None = None,
+        settings: DispatchSettings | None = None,
+        clock: FakeClock | None = None,
+        seed: int = 0,
+    ) -> None:
+        kinds = kinds or {}
+        self.clock = clock or FakeClock()
+        self.supervisor = Supervisor(HealthSettings(), self.clock)
+        self._cards = tuple(ModelCard(name, kinds.get(name, EngineKind.LLM), 1_700_000_000) for name in pools)
+        self.dispatchers = {
+            name: Dispatcher(
+                name,
+                pool,
+                make_strategy("round_robin", rng=random.Random(seed)),
+                clock=self.clock,
+                rng=random.Random(seed),
+                settings=settings or DispatchSettings(),
+            )
+            for name, pool in pools.items()
+        }
+
+    def models(self) -> Sequence[ModelCard]:
+        return self._cards
+
+    def readiness(self) -> Readiness:
+        return Readiness(tuple(name for name, d in self.dispatchers.items() if d.replica_count == 0))
+
+    async def open(self, request: Request) -> RoutedStream:
+        dispatcher = self.dispatchers.get(request.model)
+        if dispatcher is None:
+            raise ModelNotFound(request.model)
+        return await dispatcher.open(request)
+
+    async def status(self) -> dict[str, Any]:
+        self._report()
+        return status_object(self._cards, self.supervisor.view(), self.readiness())
+
+    async def metrics(self) -> bytes:
+        self._report()
+        return metrics_text(self.supervisor.view())
+
+    def heartbeat(self, heartbeat: Heartbeat) -> None:
+        self.supervisor.heartbeat(heartbeat)
+
+    @property
+    def in_flight(self) -> int:
+        counters = (dispatcher.counters() for dispatcher in self.dispatchers.values())
+        return sum(replica.in_flight for _, replicas in counters for replica in replicas)
+
+    def _report(self) -> None:
+        counters = [dispatcher.counters() for dispatcher in self.dispatchers.values()]
+        replicas: tuple[ReplicaCounters, ...] = sum((part for _, part in counters), ())
+        self.supervisor.report(RouterReport("router-1", tuple(model for model, _ in counters), replicas))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -19,3 +20,15 @@ def eventually(probe: Callable[[], Value | None], *, within_s: float = 30.0, eve
         if time.monotonic() > give_up:
             raise AssertionError(f"still {value!r} after {within_s} s")
         time.sleep(every_s)
+
+
+async def until(condition: Callable[[], object], *, within_s: float = 30.0) -> None:
+    """Let everything else run until the condition holds. Fails when it does not in time."""
+    give_up = time.monotonic() + within_s
+    turns = 0
+    while not condition():
+        if time.monotonic() > give_up:
+            raise AssertionError(f"did not come true within {within_s} s")
+        turns += 1
+        # Tasks of the loop need a turn only; threads, after a while, need the processor.
+        await asyncio.sleep(0 if turns < 1000 else 0.001)

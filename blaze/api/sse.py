@@ -78,14 +78,15 @@ class ChunkWriter:
         return f'{self._head}"choices": [], "usage": {json.dumps(usage_object(event.usage))}}}\n\n'
 
 
-async def sse(stream: RoutedStream, writer: ChunkWriter) -> AsyncIterator[str]:
-    """The whole stream as text; the response that sends it also closes it."""
+async def sse(stream: RoutedStream, writer: ChunkWriter) -> AsyncIterator[tuple[str, bool]]:
+    """The whole stream as (text, whether it is the last); the response that sends it also closes it."""
     try:
         async for events in stream:
+            last = isinstance(events[-1], Finished | Failed)
             text = "".join(map(writer.write, events))
-            if text:
-                yield text
+            if text or last:
+                yield text, last
     except Exception:
         # The status line is long gone: the only place left for the error is the stream itself.
         logger.exception("a stream broke while it was written")
-        yield writer.write(Failed(EngineFailure("The stream broke inside the router.").info))
+        yield writer.write(Failed(EngineFailure("The stream broke inside the router.").info)), True

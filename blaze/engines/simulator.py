@@ -87,8 +87,11 @@ class SimulatorEngine:
         rng = self._rng(request)
         self._queued += 1
         try:
-            async with asyncio.timeout_at(deadline):
-                await self._slots.acquire()
+            if self._slots.locked():
+                async with asyncio.timeout_at(deadline):
+                    await self._slots.acquire()
+            else:
+                await self._slots.acquire()  # does not wait
         finally:
             self._queued -= 1
         self._running += 1

@@ -120,6 +120,6 @@ def refuse_unsafe_files(folder: Path) -> None:
 def _weight_files(index: Path) -> Iterator[str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+        return iter({str(name) for name in weight_map.values()})
     except (ValueError, AttributeError):
-        raise ModelSourceError(f"source: {index} is not a JSON object", param="source") from None
-    return iter({str(name) for name in weight_map.values()})
+        raise ModelSourceError(f"source: {index} is not an index of weights", param="source") from None

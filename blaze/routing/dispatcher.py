@@ -82,7 +82,8 @@ class Dispatcher:
         raises :class:`Overloaded` when no replica can take the request before its deadline.
         The caller owns the stream and must close it (it is an async context manager).
         """
-        deadline = self._clock.now() + (request.timeout_s or self._settings.request_timeout_s)
+        timeout_s = self._settings.request_timeout_s if request.timeout_s is None else request.timeout_s
+        deadline = self._clock.now() + timeout_s
         request = self._with_seed(request)
         tried: list[ReplicaId] = []
         while True:

@@ -1,8 +1,8 @@
 """Incremental detokenization that never splits a character.
 
 A token's text depends on its neighbours (spaces, bytes of one character), so a window is decoded, not
-the token: the text of ``ids[start:]`` minus the text of ``ids[start:read]`` that was already given out.
-Text that ends in U+FFFD, an unfinished character, waits for the next token.
+the token, and what of its text was given out before is cut off. U+FFFD at the end of the text may be an
+unfinished character: it waits for the next token, while the characters before it are given out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-_UNFINISHED = "�"
+_UNFINISHED = "\ufffd"
 _MAX_UNFINISHED_TOKENS = 8  # longer than any character: the bytes are invalid, not unfinished
 
 
@@ -21,27 +21,33 @@ class Decoder(Protocol):
 class IncrementalDetokenizer:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._window: list[int] = []  # ids from the start of the window on
-        self._given = 0  # how many of them are already text that was given out
-        self._given_text = ""
+        self._window: list[int] = []  # ids from a place on at which no character is cut in two
+        self._context = 0  # how many of them are there for the sake of those after them only
+        self._given = 0  # characters of the window's text that were given out
+        self._waiting = 0  # tokens that have given out nothing, up to now
 
     def feed(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
         self._window.append(token_id)
+        self._waiting += 1
         text = self._decoder.decode(self._window)
-        unfinished = text.endswith(_UNFINISHED) and len(self._window) - self._given < _MAX_UNFINISHED_TOKENS
-        if unfinished:
-            return ""
-        new = text[len(self._given_text) :]
-        # The next window starts at the tokens just given out: enough context for what follows.
-        self._window = self._window[self._given :]
-        self._given = len(self._window)
-        self._given_text = self._decoder.decode(self._window)
+        complete = text.rstrip(_UNFINISHED)
+        if len(complete) == len(text) or self._waiting >= _MAX_UNFINISHED_TOKENS:
+            new = text[self._given :]
+            self._waiting = 0
+            # The next window starts at the tokens just given out: enough context for what follows.
+            self._window = self._window[self._context :]
+            self._context = len(self._window)
+            self._given = len(self._decoder.decode(self._window))
+            return new
+        new = complete[self._given :]
+        if new:
+            self._given = len(complete)
+            self._waiting = 0
         return new
 
     def flush(self) -> str:
         """What an unfinished character left behind."""
-        text = self._decoder.decode(self._window)
-        new = text[len(self._given_text) :]
-        self._window, self._given, self._given_text = [], 0, ""
+        new = self._decoder.decode(self._window)[self._given :]
+        self._window, self._context, self._given, self._waiting = [], 0, 0, 0
         return new

@@ -34,9 +34,10 @@ def _mix(value: int) -> int:
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int]:
     """One token id per row of ``logits`` [rows, vocabulary]; ``draws`` are the rows' uniform numbers.
 
-    Temperature 0 is the arg max. Otherwise: softmax of logits / temperature in float32, cut to the
-    ``top_k`` likeliest, then to the smallest set whose mass reaches ``top_p``, and the inverse of the
-    cumulative distribution, likeliest first, at the draw.
+    Temperature 0 is the arg max. Otherwise, in float64: softmax of logits / temperature over the
+    ``top_k`` likeliest, cut to the smallest set whose mass reaches ``top_p`` of theirs (the order of
+    transformers' own warpers), and the inverse of the cumulative distribution, likeliest first, at the
+    draw.
     """
     chosen = logits.argmax(dim=-1)
     hot = [row for row, p in enumerate(params) if p.temperature > 0]
@@ -55,11 +56,15 @@ def _inverse_cdf(
         return torch.tensor(values, device=logits.device, dtype=torch.float64).unsqueeze(1)
 
     size = logits.shape[-1]
-    probabilities = torch.softmax(logits.double() / column([p.temperature for p in params]), dim=-1)
+    # The largest logit is taken off first: divided by a tiny temperature it would be infinite.
+    relative = logits.double() - logits.double().amax(dim=-1, keepdim=True)
+    probabilities = torch.softmax(relative / column([p.temperature for p in params]), dim=-1)
     ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(dim=-1) - ordered  # mass of everything likelier
     rank = torch.arange(size, device=logits.device).unsqueeze(0)
     keep = rank < column([p.top_k or size for p in params])
+    ordered = ordered * keep
+    ordered /= ordered.sum(dim=-1, keepdim=True)
+    before = ordered.cumsum(dim=-1) - ordered  # mass of everything likelier
     keep &= before < column([p.top_p for p in params])
     keep[:, 0] = True
     mass = (ordered * keep).cumsum(dim=-1)

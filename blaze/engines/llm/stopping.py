@@ -16,7 +16,8 @@ class StopStrings:
     """Feed it text in pieces; it gives back what can be sent.
 
     Holds back only a tail that is the beginning of some stop string: at most ``max(len(stop)) - 1``
-    characters. With several matches the one that starts first wins.
+    characters. With several matches the one that is complete first wins, the longest of those that end
+    together: so the result is the same however the text is cut into pieces.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -27,10 +28,12 @@ class StopStrings:
         if not self._stops:
             return StopResult(text, stopped=False)
         buffer = self._held + text
-        found = [at for at in (buffer.find(stop) for stop in self._stops) if at >= 0]
+        starts = ((buffer.find(stop), stop) for stop in self._stops)
+        found = [(at + len(stop), at) for at, stop in starts if at >= 0]
         if found:
             self._held = ""
-            return StopResult(buffer[: min(found)], stopped=True)
+            _end, start = min(found)
+            return StopResult(buffer[:start], stopped=True)
         keep = max(_overlap(buffer, stop) for stop in self._stops)
         self._held = buffer[len(buffer) - keep :]
         return StopResult(buffer[: len(buffer) - keep], stopped=False)
