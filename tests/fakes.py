@@ -31,7 +31,6 @@ from blaze.types import (
     Usage,
 )
 
-
 Script: TypeAlias = list[Events | Exception]  # of one call: batches given out, errors raised
 
 
@@ -111,10 +110,14 @@ class FakeCall:
 
 @dataclass
 class FakePool:
-    """Replicas by id, each with the scripts of its next calls; without one it answers "ok"."""
+    """Replicas by id, each with the scripts of its next calls; without one it answers "ok".
+
+    ``next_scripts`` are for the next calls whichever replica they go to.
+    """
 
     ids: Sequence[ReplicaId] = ("a", "b")
     scripts: dict[ReplicaId, list[Script]] = field(default_factory=dict)
+    next_scripts: list[Script] = field(default_factory=list)
     held: bool = False
     calls: list[tuple[ReplicaId, Request]] = field(default_factory=list)
     open_calls: list[FakeCall] = field(default_factory=list)
@@ -135,7 +138,7 @@ class FakePool:
         self.calls.append((replica_id, request))
         if replica_id not in self.ids:
             return FakeCall([ReplicaLost(f"Replica {replica_id} is gone.")])
-        queued = self.scripts.get(replica_id)
+        queued = self.next_scripts or self.scripts.get(replica_id)
         call = FakeCall(queued.pop(0) if queued else answer(), held=self.held)
         self.open_calls.append(call)
         return call

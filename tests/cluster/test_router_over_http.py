@@ -121,7 +121,7 @@ async def _leave_early(url: str, body: dict[str, Any], after_s: float) -> None:
     host, port = url.removeprefix("http://").split(":")
     _reader, writer = await asyncio.open_connection(host, int(port))
     payload = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     writer.write(head.encode() + f"content-length: {len(payload)}\r\n\r\n".encode() + payload)
     await writer.drain()
     await asyncio.sleep(after_s)
