@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blaze.errors import BlazeError, EnvironmentProblem
+from blaze.records import is_running, newest_running, read_records, remove_record
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Serve language and diffusion models on Ray."
@@ -64,11 +65,11 @@ def up(
 @app.command()
 def down() -> None:
     """Stop every cluster that `blaze up` runs on this machine, and nothing else."""
-    from deployments.local import read_records, remove_record, sweep
+    from deployments.local import sweep
 
     records = read_records()
     for record in records:
-        if _is_blaze_up(record.pid):
+        if is_running(record):
             os.kill(record.pid, signal.SIGTERM)
             psutil.wait_procs([psutil.Process(record.pid)], timeout=60)
         sweep(record.cluster_id)
@@ -76,14 +77,6 @@ def down() -> None:
         console.print(f"stopped {record.url}")
     if not records:
         console.print("nothing runs")
-
-
-def _is_blaze_up(pid: int) -> bool:
-    """The process that wrote the record, not one that got its number later."""
-    try:
-        return "up" in psutil.Process(pid).cmdline()
-    except psutil.NoSuchProcess:
-        return False
 
 
 @app.command()
@@ -214,10 +207,8 @@ def doctor(port: Annotated[int, typer.Option(help="The port that `blaze up` is t
 def base_url(given: str | None) -> str:
     if given:
         return given.rstrip("/")
-    from deployments.local import read_records
-
-    records = read_records()
-    return records[0].url if records else "http://127.0.0.1:8000"
+    record = newest_running()
+    return record.url if record else "http://127.0.0.1:8000"
 
 
 def first_model(base: str, engines: tuple[str, ...]) -> str:

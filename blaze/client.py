@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import uuid
@@ -11,8 +10,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from blaze.config import APP_NAME, state_dir
+from blaze.config import APP_NAME
 from blaze.errors import EnvironmentProblem, RemoteError, ReplicaLost, UnsupportedOperation
+from blaze.records import newest_running
 from blaze.types import (
     ChatMessage,
     ChatPrompt,
@@ -153,7 +153,8 @@ def _message(message: Mapping[str, Any]) -> ChatMessage:
 
 def connect(address: str | None = None, *, app_name: str = APP_NAME) -> Client:
     """See :func:`blaze.connect`."""
-    target = address or os.environ.get("RAY_ADDRESS") or local_address() or "auto"
+    running = newest_running()
+    target = address or os.environ.get("RAY_ADDRESS") or (running.address if running else "auto")
     # A driver has no event loop of its own for Serve's router to share.
     os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
     try:
@@ -199,9 +200,3 @@ def _use_token_when_there_is_one() -> None:
     )
 
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-
-
-def local_address() -> str | None:
-    """The Ray address of the newest cluster that `blaze up` runs on this machine."""
-    files = sorted(state_dir().glob("*.json"), key=lambda file: file.stat().st_mtime)
-    return str(json.loads(files[-1].read_text(encoding="utf-8"))["address"]) if files else None

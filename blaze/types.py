@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, TypeAlias
 
-from blaze.errors import ErrorInfo
+from blaze.errors import ErrorInfo, InvalidRequest
 
 ReplicaId: TypeAlias = str
 TokenId: TypeAlias = int
@@ -81,6 +81,16 @@ class SamplingParams:
     n: int = 1
     ignore_eos: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises :class:`InvalidRequest`: calls over a handle pass through no other validation."""
+        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "must be at least 1")
+        _check(0 <= self.temperature <= 2, "temperature", "must be between 0 and 2")
+        _check(0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
+        _check(self.top_k >= 0, "top_k", "must be at least 0")
+        _check(self.n >= 1, "n", "must be at least 1")
+        _check("" not in self.stop, "stop", "a stop string must not be empty")
+        _check_seed(self.seed)
+
 
 @dataclass(frozen=True)
 class GenerateRequest:
@@ -113,8 +123,31 @@ class ImageRequest:
     output_format: ImageFormat = "png"
     timeout_s: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raises :class:`InvalidRequest`: calls over a handle pass through no other validation."""
+        _check(self.n >= 1, "n", "must be at least 1")
+        for name in ("width", "height", "num_inference_steps"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, name, "must be at least 1")
+        _check(
+            self.guidance_scale is None or 0 <= self.guidance_scale <= 1000,
+            "guidance_scale",
+            "must be 0 to 1000",
+        )
+        _check_seed(self.seed)
+
 
 Request: TypeAlias = GenerateRequest | ImageRequest
+
+
+def _check(holds: bool, field_name: str, rule: str) -> None:
+    """False also for comparisons with NaN."""
+    if not holds:
+        raise InvalidRequest(f"{field_name}: {rule}.", param=field_name)
+
+
+def _check_seed(seed: int | None) -> None:
+    _check(seed is None or -SEED_BOUND <= seed < SEED_BOUND, "seed", "must be a 64-bit signed integer")
 
 
 # --- Events ----------------------------------------------------------------------------------------

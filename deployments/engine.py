@@ -33,8 +33,15 @@ class EngineReplica:
         self._model = model.name
         self._node = _node_id()
         self._process = psutil.Process(os.getpid())
+        self._actor = actor
         self._heartbeats = asyncio.create_task(self._beat(actor, health.probe_period_s))
         await engine.start()
+
+    async def __del__(self) -> None:
+        """Serve awaits it when the replica stops in good order."""
+        self._heartbeats.cancel()
+        await self._engine.stop()
+        await self._actor.goodbye.remote(self._replica_id)
 
     async def run(self, request: Request, **_pin: str) -> AsyncGenerator[Events]:
         """Events of one request. ``_pin`` names this replica; the request router has read it."""
@@ -42,7 +49,7 @@ class EngineReplica:
             async for events in answer:
                 yield events
 
-    async def get_health_status(self) -> EngineStatus:
+    async def get_health_status(self, **_pin: str) -> EngineStatus:
         return await self._engine.get_health_status()
 
     async def check_health(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from blaze.clock import SystemClock
 from blaze.config import HealthConfig
 from blaze.health.supervisor import ClusterView, HealthSettings, Supervisor
-from blaze.types import Heartbeat, RouterReport
+from blaze.types import Heartbeat, ReplicaId, RouterReport
 
 
 class HealthActor:
@@ -24,6 +24,9 @@ class HealthActor:
 
     async def report(self, report: RouterReport) -> None:
         self._supervisor.report(report)
+
+    async def goodbye(self, replica_id: ReplicaId) -> None:
+        self._supervisor.goodbye(replica_id)
 
     async def view(self, report: RouterReport) -> ClusterView:
         """The cluster, with the asking Router's own numbers as they are now."""

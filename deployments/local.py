@@ -6,7 +6,6 @@ it and no others, whatever state the start had got to.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -14,30 +13,19 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
 
-from blaze.config import APP_NAME, state_dir
+from blaze.config import APP_NAME
 from blaze.errors import ConfigError, EnvironmentProblem
 from deployments.data_plane import fast_data_plane, private_proxy
 
 MARKER = "BLAZE_CLUSTER_ID"
 _OBJECT_STORE_BYTES = 512 * 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterRecord:
-    """What `blaze up` tells the other commands of its cluster, as a file in ``state_dir()``."""
-
-    cluster_id: str
-    pid: int
-    address: str  # of Ray
-    dashboard: str  # where `serve deploy` goes
-    url: str  # where requests go
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +94,8 @@ class LocalCluster:
         """Ray's processes inherit it; it is put back when the cluster stops."""
         variables = {
             MARKER: self.cluster_id,
+            # Ray's own ports ask for the user's token; that is all that guards the calls between replicas,
+            # for which Serve listens on every interface.
             "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
             # Ray turns 127.0.0.1 into the machine's outer address, unless it is told that this machine
@@ -204,20 +194,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def write_record(record: ClusterRecord) -> Path:
-    path = state_dir() / f"{record.cluster_id}.json"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.write_text(json.dumps(asdict(record)), encoding="utf-8")
-    return path
-
-
-def read_records() -> list[ClusterRecord]:
-    """Clusters that `blaze up` runs on this machine, the newest first; stale records too."""
-    files = sorted(state_dir().glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    return [ClusterRecord(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
-
-
-def remove_record(cluster_id: str) -> None:
-    (state_dir() / f"{cluster_id}.json").unlink(missing_ok=True)

@@ -36,10 +36,19 @@ class PinnedRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
             # Serve tried and the replica is dead, unreachable or refuses: where to go next is the
             # dispatcher's decision, not Serve's.
             raise ReplicaLost(f"Replica {pin} did not take the request.")
+        if pin == state.ANY:
+            return await self._first_there_is()
         replica = self._by_pin.get(pin)
         if replica is None:
             raise ReplicaLost(f"Replica {pin} is gone.")
         return replica
+
+    async def _first_there_is(self) -> RunningReplica:
+        """Waits as a queued request, which is what Serve's autoscaler counts as demand."""
+        while not self._by_pin:
+            self._replicas_updated_event.clear()
+            await self._replicas_updated_event.wait()
+        return next(iter(self._by_pin.values()))
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

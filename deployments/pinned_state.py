@@ -16,6 +16,7 @@ DeploymentKey: TypeAlias = str  # "app#deployment"
 Listener: TypeAlias = Callable[[tuple[ReplicaInfo, ...]], None]
 
 PIN = "blaze_pin"  # keyword argument of an engine call: the unique id of the replica it must go to
+ANY = ""  # in its place: whichever replica there is, as soon as there is one
 
 
 class LiveSets:

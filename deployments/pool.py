@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
@@ -14,11 +16,14 @@ from blaze.errors import BlazeError, Cancelled, EngineFailure, ReplicaLost
 from blaze.routing.replicas import ReplicaInfo
 from blaze.types import Events, ReplicaId, Request
 
+logger = logging.getLogger("ray.serve")
+
 
 class RayReplicaPool:
     """A :class:`blaze.routing.pool.ReplicaPool` over a Serve handle whose request router is pinned."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, *, weight: float = 1.0) -> None:
+        self._weight = weight
         self._loop = asyncio.get_running_loop()
         self._key = f"{handle.app_name}#{handle.deployment_name}"
         # Options are set once: they also start Serve's router, and with it the flow of live sets.
@@ -26,16 +31,32 @@ class RayReplicaPool:
         self._handle = handle.options(
             method_name="run", stream=True, request_serialization="pickle", response_serialization="pickle"
         )
+        self._probe = handle.options(method_name="get_health_status")
+        self._waking: asyncio.Task[None] | None = None
 
     def live(self) -> tuple[ReplicaInfo, ...]:
-        return state.live_sets.live(self._key)
+        return self._weighted(state.live_sets.live(self._key))
 
     def subscribe(self, listener: Callable[[tuple[ReplicaInfo, ...]], None]) -> None:
         def on_this_loop(live: tuple[ReplicaInfo, ...]) -> None:
             if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(listener, live)
+                self._loop.call_soon_threadsafe(listener, self._weighted(live))
 
         state.live_sets.subscribe(self._key, on_this_loop)
+
+    def _weighted(self, live: tuple[ReplicaInfo, ...]) -> tuple[ReplicaInfo, ...]:
+        return tuple(replace(info, weight=self._weight) for info in live)
+
+    def wake(self) -> None:
+        """One call that waits for any replica: Serve scales up for it."""
+        if self._waking is None or self._waking.done():
+            self._waking = self._loop.create_task(self._wait_for_any())
+
+    async def _wait_for_any(self) -> None:
+        try:
+            await self._probe.remote(**{state.PIN: state.ANY})
+        except (RayError, BlazeError) as error:
+            logger.warning("waking %s: %s", self._key, error)
 
     def call(self, replica_id: ReplicaId, request: Request) -> RayReplicaCall:
         return RayReplicaCall(self._handle.remote(request, **{state.PIN: replica_id}))
@@ -46,6 +67,7 @@ class RayReplicaCall:
 
     def __init__(self, responses: DeploymentResponseGenerator) -> None:
         self._responses = responses
+        self._cancelled = False
 
     def __aiter__(self) -> RayReplicaCall:
         return self
@@ -58,10 +80,13 @@ class RayReplicaCall:
         except RayActorError as error:  # died, or unreachable: for the stream it is the same
             raise ReplicaLost(f"The replica was lost: {type(error).__name__}") from error
         except RequestCancelledError as error:
-            raise Cancelled("The call was cancelled.") from error
+            if self._cancelled:
+                raise Cancelled("The call was cancelled.") from error
+            raise ReplicaLost("The replica gave the call up.") from error
         except Exception as error:
             raise EngineFailure(f"The replica raised {type(error).__name__}: {error}") from error
         return events
 
     def cancel(self) -> None:
+        self._cancelled = True
         self._responses.cancel()

@@ -48,7 +48,7 @@ class ClusterService:
         rng = random.Random(router.seed)
         return Dispatcher(
             model.name,
-            RayReplicaPool(handle),
+            RayReplicaPool(handle, weight=model.weight),
             make_strategy(router.strategy, rng=rng, routers=router.replicas),
             clock=SystemClock(),
             rng=rng,

@@ -22,13 +22,8 @@ from blaze.errors import EnvironmentProblem
 from blaze.models.cache import is_converted, local_model
 from blaze.models.memory import replica_bytes
 from blaze.models.sources import check_sources, parse_source
-from deployments.local import (
-    ApplicationProgress,
-    ClusterRecord,
-    LocalCluster,
-    remove_record,
-    write_record,
-)
+from blaze.records import ClusterRecord, remove_record, write_record
+from deployments.local import ApplicationProgress, LocalCluster
 
 _POLL_S = 0.25
 
@@ -162,7 +157,7 @@ def announce(serve_config: dict[str, Any], url: str, cluster: LocalCluster, cons
         highlight=False,
     )
     console.print(
-        f"Deploy changes with: serve deploy FILE -a {cluster.dashboard}. Ctrl-C or `blaze down` ends it."
+        f"Changes: RAY_AUTH_MODE=token serve deploy FILE -a {cluster.dashboard}. End: Ctrl-C or `blaze down`."
     )
 
 

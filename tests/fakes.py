@@ -121,6 +121,7 @@ class FakePool:
     held: bool = False
     calls: list[tuple[ReplicaId, Request]] = field(default_factory=list)
     open_calls: list[FakeCall] = field(default_factory=list)
+    wakes: int = 0
     _listeners: list[Callable[[tuple[ReplicaInfo, ...]], None]] = field(default_factory=list)
 
     def live(self) -> tuple[ReplicaInfo, ...]:
@@ -133,6 +134,9 @@ class FakePool:
         self.ids = ids
         for listener in self._listeners:
             listener(self.live())
+
+    def wake(self) -> None:
+        self.wakes += 1
 
     def call(self, replica_id: ReplicaId, request: Request) -> FakeCall:
         self.calls.append((replica_id, request))

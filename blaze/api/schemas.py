@@ -6,7 +6,7 @@ strict: ``"5"`` and ``true`` are not integers.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -27,7 +27,18 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
+    # OpenAI's parameters that this version does not have: accepted at values that ask for nothing.
+    UNSUPPORTED: ClassVar[dict[str, tuple[object, ...]]] = {}
+
     model: str
+
+    @model_validator(mode="after")
+    def _nothing_unsupported(self) -> Self:
+        for name, neutral in self.UNSUPPORTED.items():
+            value = getattr(self, name)
+            if value is not None and value not in neutral:
+                raise ValueError(f"{name}: not supported by this version")
+        return self
 
 
 class TextPart(BaseModel):
@@ -43,9 +54,12 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | tuple[TextPart, ...] | None = None
     name: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
+        if self.tool_calls:
+            raise ValueError("tool_calls are not supported by this version")
         if self.content is None and self.role != "assistant":
             raise ValueError("content is required")
         return self
@@ -100,14 +114,6 @@ class TextBody(Body):
             raise ValueError("stream_options: only allowed with stream: true")
         return self
 
-    @model_validator(mode="after")
-    def _nothing_unsupported(self) -> TextBody:
-        for name, neutral in self.UNSUPPORTED.items():
-            value = getattr(self, name)
-            if value is not None and value not in neutral:
-                raise ValueError(f"{name}: not supported by this version")
-        return self
-
     @property
     def stop_strings(self) -> tuple[str, ...]:
         assert not isinstance(self.stop, str)  # the validator made it a tuple
@@ -119,11 +125,12 @@ class TextBody(Body):
 
 
 class ChatCompletionRequest(TextBody):
-    # OpenAI's parameters that this version does not have: accepted at values that ask for nothing.
     UNSUPPORTED: ClassVar[dict[str, tuple[object, ...]]] = TextBody.UNSUPPORTED | {
         "logprobs": (False,),
         "top_logprobs": (0,),
         "tools": ((),),
+        "tool_choice": ("none", "auto"),
+        "functions": ((),),
         "response_format": ({"type": "text"},),
     }
 
@@ -132,6 +139,8 @@ class ChatCompletionRequest(TextBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: tuple[dict[str, Any], ...] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    functions: tuple[dict[str, Any], ...] | None = None
     response_format: dict[str, Any] | None = None
 
 
@@ -151,11 +160,22 @@ class CompletionRequest(TextBody):
 
 
 class ImageGenerationRequest(Body):
+    UNSUPPORTED: ClassVar[dict[str, tuple[object, ...]]] = {
+        "stream": (False,),
+        "quality": ("auto", "standard"),
+        "background": ("auto", "opaque"),
+        "style": (),
+    }
+
     prompt: Annotated[str, Field(max_length=32_000)]
     n: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = None
     size: str | None = None
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
+    stream: bool | None = None
+    quality: str | None = None
+    background: str | None = None
+    style: str | None = None
     user: str | None = None
     # Under diffusers' names.
     num_inference_steps: Count | None = None

@@ -14,7 +14,7 @@ from contextlib import aclosing
 
 from blaze.clock import Clock, SystemClock
 from blaze.config import SimulatorConfig
-from blaze.errors import Cancelled, DeadlineExceeded, EngineFailure, InvalidRequest
+from blaze.errors import DeadlineExceeded, EngineFailure, InvalidRequest, ReplicaStopping
 from blaze.types import (
     ChatPrompt,
     ChoiceFinished,
@@ -78,7 +78,7 @@ class SimulatorEngine:
                     yield events
         except TimeoutError:
             yield (Failed(DeadlineExceeded("The deadline passed before the answer was complete.").info),)
-        except (InvalidRequest, EngineFailure, Cancelled) as error:
+        except (InvalidRequest, EngineFailure, ReplicaStopping) as error:
             yield (Failed(error.info),)
 
     async def _answer(self, request: Request, deadline: float | None) -> AsyncGenerator[Events]:
@@ -111,7 +111,7 @@ class SimulatorEngine:
         if hangs:
             async with asyncio.timeout_at(deadline):
                 await self._stopping.wait()
-            raise Cancelled("The replica is shutting down.")
+            raise ReplicaStopping("The replica is shutting down.")
 
     async def _tokens(
         self, request: GenerateRequest, rng: random.Random, deadline: float | None
@@ -144,7 +144,7 @@ class SimulatorEngine:
         async with asyncio.timeout_at(deadline):
             await asyncio.sleep(milliseconds / 1000.0 * self._slowdown * stretch)
         if self._stopping.is_set():
-            raise Cancelled("The replica is shutting down.")
+            raise ReplicaStopping("The replica is shutting down.")
 
     def _step(self) -> None:
         self._steps += 1

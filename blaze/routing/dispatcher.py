@@ -135,6 +135,8 @@ class Dispatcher:
             lease = attempt()
             if lease is not None:
                 return lease
+        if not self._table:
+            self._pool.wake()
         return await self._room.wait(attempt, max(0.0, deadline - self._clock.now()))
 
     def _start(self, request: Request, lease: Lease, deadline: float) -> RoutedStream:

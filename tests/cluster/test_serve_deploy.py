@@ -54,7 +54,7 @@ class StartedRay:
 
 @pytest.fixture(scope="module")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartedRay]:
-    """`ray start --head`, as an operator would; ended by its marker, for `ray stop` would end every Ray here."""
+    """`ray start --head`, as an operator would; ended by its marker: `ray stop` would end every Ray."""
     marker = uuid.uuid4().hex
     port, dashboard = free_port(), free_port()
     environment = os.environ | {MARKER: marker, "RAY_AUTH_MODE": "token"}

@@ -69,7 +69,7 @@ async def test_case_38_requests_at_once_share_no_scheduler_state(engine: Diffusi
     answers = await asyncio.gather(
         *(
             _events(engine, f"a {word}", seed=1, num_inference_steps=n)
-            for word, n in zip(("two", "five", "nine"), steps)
+            for word, n in zip(("two", "five", "nine"), steps, strict=True)
         )
     )
     for word, n, events in zip(("two", "five", "nine"), steps, answers, strict=True):

@@ -114,7 +114,7 @@ async def test_greedy_answers_in_one_batch_equal_generate_one_by_one(
         expected, certain = reference.greedy(prompt_ids)
         assert _ids(events)[:certain] == expected[:certain]
         compared += certain
-    print(f"{compared} of {len(PROMPTS) * TOKENS} tokens compared; the others follow a near-tie")
+    print(f"{compared} of {len(PROMPTS) * TOKENS} tokens compared; the others follow a near-tie")  # noqa: T201
     assert compared > len(PROMPTS) * TOKENS // 2
 
 

@@ -23,7 +23,14 @@ from blaze.engines.diffusion.pipelines import (
     seeds,
 )
 from blaze.engines.progress import StepCounter
-from blaze.errors import BlazeError, Cancelled, DeadlineExceeded, EngineFailure, InvalidRequest
+from blaze.errors import (
+    BlazeError,
+    Cancelled,
+    DeadlineExceeded,
+    EngineFailure,
+    InvalidRequest,
+    ReplicaStopping,
+)
 from blaze.models.sources import ModelSource
 from blaze.types import (
     EngineKind,
@@ -108,7 +115,7 @@ class DiffusionEngine:
         if not isinstance(request, ImageRequest):
             raise InvalidRequest("This model generates images, not text.", param="model")
         if self._loaded is None or self._stopping.is_set():
-            raise Cancelled("The engine is not running.")
+            raise ReplicaStopping("The engine is not running.")
         check_request(request, self._loaded, self._options)
         deadline = None if request.timeout_s is None else self._clock.now() + request.timeout_s
         return _Job(request, EventChannel(), deadline)
@@ -121,7 +128,7 @@ class DiffusionEngine:
             self._run(self._loaded, job)
         while not self._waiting.empty():
             if (left := self._waiting.get()) is not None:
-                left.channel.put(Failed(Cancelled("The replica is shutting down.").info))
+                left.channel.put(Failed(ReplicaStopping("The replica is shutting down.").info))
 
     def _run(self, loaded: LoadedPipeline, job: _Job) -> None:
         try:
@@ -156,6 +163,6 @@ class DiffusionEngine:
         if job.channel.abandoned:
             raise Cancelled("The caller left.")
         if self._stopping.is_set():
-            raise Cancelled("The replica is shutting down.")
+            raise ReplicaStopping("The replica is shutting down.")
         if job.deadline is not None and self._clock.now() >= job.deadline:
             raise DeadlineExceeded("The deadline passed before the image was complete.")

@@ -31,6 +31,7 @@ class LoadedPipeline:
     pipeline: DiffusionPipeline
     accepts: frozenset[str]  # parameters of the pipeline's __call__
     size_factor: int  # width and height are multiples of it
+    default_side: int  # pixels; 0 where the pipeline does not say
 
 
 def load_pipeline(source: ModelSource, options: DiffusionConfig, threads: int, cache: Path) -> LoadedPipeline:
@@ -61,7 +62,14 @@ def load_pipeline(source: ModelSource, options: DiffusionConfig, threads: int, c
         pipeline=pipeline.to(device),
         accepts=frozenset(inspect.signature(pipeline.__call__).parameters),
         size_factor=int(getattr(pipeline, "vae_scale_factor", 1)),
+        default_side=_default_side(pipeline),
     )
+
+
+def _default_side(pipeline: DiffusionPipeline) -> int:
+    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    sample_size = getattr(getattr(denoiser, "config", None), "sample_size", None)
+    return int(getattr(pipeline, "vae_scale_factor", 1)) * sample_size if isinstance(sample_size, int) else 0
 
 
 def check_request(request: ImageRequest, loaded: LoadedPipeline, options: DiffusionConfig) -> None:
@@ -76,13 +84,9 @@ def check_request(request: ImageRequest, loaded: LoadedPipeline, options: Diffus
     for side in (request.width, request.height):
         if side is not None and side % loaded.size_factor:
             raise InvalidRequest(f"size: sides must be multiples of {loaded.size_factor}.", param="size")
-    if (
-        request.width is not None
-        and request.height is not None
-        and request.width * request.height > options.max_pixels
-    ):
+    if (request.width or loaded.default_side) * (request.height or loaded.default_side) > options.max_pixels:
         raise InvalidRequest(f"size: at most {options.max_pixels} pixels.", param="size")
-    for name in ("negative_prompt", "guidance_scale"):
+    for name in ("negative_prompt", "guidance_scale", "num_inference_steps", "width", "height"):
         if getattr(request, name) is not None and name not in loaded.accepts:
             raise InvalidRequest(f"{name}: this pipeline has no such parameter.", param=name)
 

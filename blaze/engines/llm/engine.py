@@ -21,7 +21,7 @@ from blaze.engines.llm.runner import StaticBatchRunner
 from blaze.engines.llm.sampling import sample, uniform
 from blaze.engines.llm.sequence import Sequence
 from blaze.engines.progress import StepCounter
-from blaze.errors import BlazeError, Cancelled, DeadlineExceeded, EngineFailure, InvalidRequest
+from blaze.errors import BlazeError, DeadlineExceeded, EngineFailure, InvalidRequest, ReplicaStopping
 from blaze.models.sources import ModelSource
 from blaze.types import (
     EngineKind,
@@ -136,7 +136,7 @@ class LLMEngine:
         if not isinstance(request, GenerateRequest):
             raise InvalidRequest("This model generates text, not images.", param="model")
         if self._model is None or self._encoder is None or self._stopping.is_set():
-            raise Cancelled("The engine is not running.")
+            raise ReplicaStopping("The engine is not running.")
         sampling = request.sampling
         if sampling.n > self._options.max_batch_size:
             raise InvalidRequest(
@@ -212,7 +212,7 @@ class LLMEngine:
                 if job.open:
                     job.close_if_over(now)
                 if job.open and self._stopping.is_set():
-                    job.fail(Cancelled("The replica is shutting down."))
+                    job.fail(ReplicaStopping("The replica is shutting down."))
             going = [
                 row for row, (job, sequence) in enumerate(rows) if job.open and not sequence.finish_reason
             ]
@@ -230,4 +230,4 @@ class LLMEngine:
             left.append(self._waiting.get())
         for job in left:
             if job is not None:
-                job.fail(Cancelled("The replica is shutting down."))
+                job.fail(ReplicaStopping("The replica is shutting down."))
