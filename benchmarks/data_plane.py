@@ -2,7 +2,10 @@
 
 (a) stock Ray Serve, (b) the same bare two hops with the data-plane flags that `blaze up` sets, (c) Blaze's
 Router with the simulator (no wait, one token). All take the same bytes by POST and send the same bytes
-back over a streaming call. Run: `python -m benchmarks.data_plane [--rounds 3] [--seconds 8]`.
+back over a streaming call. Each has a Ray cluster and a process of its own; all three are up at once and
+are measured in turns, so that a machine that speeds up or slows down does so for all.
+
+Run: `python -m benchmarks.data_plane [--rounds 5] [--seconds 6]`.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ import asyncio
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,7 @@ BODY = json.dumps(
     {"model": "sim", "stream": True, "messages": [{"role": "user", "content": "Say one word."}]}
 ).encode()
 CONNECTIONS = (1, 16)
+NAMES = STOCK, BARE, BLAZE = ("(a) stock Ray Serve", "(b) bare, fast data plane", "(c) Blaze")
 
 
 def bare(answer: str) -> dict[str, Any]:
@@ -75,38 +81,60 @@ async def one_answer(url: str) -> bytes:
         writer.close()
 
 
-async def measure(url: str, rounds: int, seconds: float) -> dict[int, list[Load]]:
-    return {
-        connections: [
-            await closed_loop(url, BODY, connections=connections, seconds=seconds) for _ in range(rounds)
-        ]
-        for connections in CONNECTIONS
-    }
+@contextmanager
+def server(name: str, answer: str) -> Iterator[str]:
+    """One of the three in a process of its own; gives its URL."""
+    command = [sys.executable, "-m", "benchmarks.data_plane", "--serve", name, "--answer", answer]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.stdin.close()  # the word to stop
+
+
+def serve(name: str, answer: str) -> None:
+    """The inside of such a process: up until standard input ends."""
+    application = blaze() if name == BLAZE else bare(answer)
+    with served(application, fast=name != STOCK) as url:
+        print(url, flush=True)
+        sys.stdin.read()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", choices=NAMES)
+    parser.add_argument("--answer", default="")
     options = parser.parse_args()
-
-    results: dict[str, dict[int, list[Load]]] = {}
-    with served(blaze(), fast=True) as url:
-        answer = asyncio.run(one_answer(url)).decode()  # what the bare hops are to send
-        results["(c) Blaze"] = asyncio.run(measure(url, options.rounds, options.seconds))
-    for name, fast in (("(b) bare, fast data plane", True), ("(a) stock Ray Serve", False)):
-        with served(bare(answer), fast=fast) as url:
-            got = asyncio.run(one_answer(url)).decode()
-            if got != answer:
+    if options.serve:
+        serve(options.serve, options.answer)
+        return
+    with ExitStack() as servers:
+        ours = servers.enter_context(server(BLAZE, ""))
+        answer = asyncio.run(one_answer(ours)).decode()  # what the bare hops are to send
+        urls = {name: servers.enter_context(server(name, answer)) for name in (STOCK, BARE)} | {BLAZE: ours}
+        for name in (STOCK, BARE):
+            if (got := asyncio.run(one_answer(urls[name])).decode()) != answer:
                 raise RuntimeError(f"{name} sends other bytes: {got!r}")
-            results[name] = asyncio.run(measure(url, options.rounds, options.seconds))
-
+        results = measure(urls, options.rounds, options.seconds)
     report(results, answer, options.json)
 
 
+def measure(urls: dict[str, str], rounds: int, seconds: float) -> dict[str, dict[int, list[Load]]]:
+    results: dict[str, dict[int, list[Load]]] = {name: {count: [] for count in CONNECTIONS} for name in urls}
+    for _ in range(rounds):
+        for connections in CONNECTIONS:
+            for name, url in urls.items():
+                load = closed_loop(url, BODY, connections=connections, seconds=seconds)
+                results[name][connections].append(asyncio.run(load))
+    return results
+
+
 def report(results: dict[str, dict[int, list[Load]]], answer: str, target: Path | None) -> None:
-    rounds = len(results["(c) Blaze"][CONNECTIONS[0]])
+    rounds = len(results[BLAZE][CONNECTIONS[0]])
     print(f"{platform.machine()}, {psutil.cpu_count()} cores, Python {platform.python_version()}")
     print(f"{len(BODY)} bytes in, {len(answer)} bytes out; medians of {rounds} rounds")
     print(f"{'':28}{'connections':>12}{'requests/s':>12}{'p50 ms':>9}{'p99 ms':>9}")
@@ -124,8 +152,13 @@ def report(results: dict[str, dict[int, list[Load]]], answer: str, target: Path 
             numbers = f"{row['requests_per_s']:>12.0f}{row['p50_ms']:>9.2f}{row['p99_ms']:>9.2f}"
             print(f"{name:28}{connections:>12}{numbers}")
     most = CONNECTIONS[-1]
-    stock, rival, ours = (row["requests_per_s"] for row in rows if row["connections"] == most)
-    print(f"at {most} connections: (c)/(a) = {ours / stock:.2f}, (c)/(b) = {ours / rival:.2f}")
+    for rival in (STOCK, BARE):
+        ratios = [
+            ours.per_second / theirs.per_second
+            for ours, theirs in zip(results[BLAZE][most], results[rival][most], strict=True)
+        ]
+        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"(c)/{rival[:3]} at {most} connections: {statistics.median(ratios):.2f}  (rounds: {shown})")
     if target:
         target.write_text(json.dumps(rows, indent=2), encoding="utf-8")
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,8 +69,10 @@ def down() -> None:
     records = read_records()
     for record in records:
         if is_running(record):
-            os.kill(record.pid, signal.SIGTERM)
-            psutil.wait_procs([psutil.Process(record.pid)], timeout=60)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(record.pid)
+                process.terminate()
+                psutil.wait_procs([process], timeout=60)
         sweep(record.cluster_id)
         remove_record(record.cluster_id)
         console.print(f"stopped {record.url}")

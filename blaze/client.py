@@ -108,7 +108,12 @@ class Client:
         raise UnsupportedOperation("embeddings are not implemented in this version")
 
     def status(self) -> dict[str, Any]:
-        result: dict[str, Any] = self._status.remote().result()
+        from ray.exceptions import RayError
+
+        try:
+            result: dict[str, Any] = self._status.remote().result()
+        except RayError as error:
+            raise ReplicaLost(f"The Router did not answer: {type(error).__name__}") from error
         return result
 
     def events(self, request: Request) -> Generator[Event]:
@@ -160,6 +165,7 @@ def connect(address: str | None = None, *, app_name: str = APP_NAME) -> Client:
     try:
         import ray
         from ray import serve
+        from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
     except ImportError as error:
         raise EnvironmentProblem(f"Ray is not installed: {error}") from None
@@ -168,7 +174,7 @@ def connect(address: str | None = None, *, app_name: str = APP_NAME) -> Client:
         _use_token_when_there_is_one()
         try:
             ray.init(address=target, log_to_driver=False, logging_level="error")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (ConnectionError, ValueError, RuntimeError, RayError) as error:
             raise EnvironmentProblem(f"no Ray cluster at {target!r}: {error}") from None
     try:
         return Client(serve.get_app_handle(app_name))

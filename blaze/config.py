@@ -52,6 +52,7 @@ class RouterConfig(Settings):
     request_timeout_s: PositiveFloat = 600.0  # deadline of a request without its own
     max_queued: Annotated[int, Field(ge=0)] = 256  # waiting requests per model and Router
     max_body_bytes: PositiveInt = 16 * 1024 * 1024
+    access_log: bool = False  # a line per request in the Router's log; /metrics counts them either way
     seed: int | None = None  # of the generator behind ties and starting points; None: from the system
 
     @model_validator(mode="after")
@@ -156,6 +157,11 @@ class ModelConfig(Settings):
             raise ValueError(f"source: needed by the {self.engine.value} engine")
         if self.replicas is not None and self.autoscaling is not None:
             raise ValueError("replicas and autoscaling exclude each other")
+        if self.autoscaling is not None and self.autoscaling.target_in_flight >= self.in_flight_cap:
+            raise ValueError(
+                f"autoscaling.target_in_flight {self.autoscaling.target_in_flight:g} must be below "
+                f"max_in_flight {self.in_flight_cap}: no replica would ever exceed it"
+            )
         return self
 
     @property
@@ -211,10 +217,10 @@ class BlazeConfig(Settings):
         return self
 
 
-def parse_args(args: Mapping[str, Any]) -> BlazeConfig:
+def parse_args(args: object) -> BlazeConfig:
     """Validate the ``args`` of the application. Raises :class:`ConfigError` naming every wrong field."""
     try:
-        return BlazeConfig.model_validate(dict(args))
+        return BlazeConfig.model_validate(args)
     except ValidationError as error:
         raise ConfigError(describe(error)) from None
 
@@ -223,11 +229,11 @@ def describe(error: ValidationError) -> str:
     """One line per wrong field: path, reason, and the value that was given."""
     lines = []
     for item in error.errors(include_url=False):
-        path = field_path(item["loc"])
+        path = field_path(item["loc"]) or "args"
         reason = item["msg"].removeprefix("Value error, ")
         given = item.get("input")
         shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
-        lines.append(f"{path}: {reason}{shown}" if path else f"{reason}{shown}")
+        lines.append(f"{path}: {reason}{shown}")
     return "; ".join(lines)
 
 

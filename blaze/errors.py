@@ -162,11 +162,17 @@ class EngineFailure(BlazeError):
 
 
 class ReplicaLost(BlazeError):
-    """The replica died, left the pool, or cannot be reached."""
+    """The replica died or left the pool."""
 
     http_status = 502
     code = "replica_lost"
     retryable = True
+
+
+class ReplicaUnreachable(ReplicaLost):
+    """The call did not get through. The replica may be dead, or only out of reach for a moment."""
+
+    code = "replica_unreachable"
 
 
 class ReplicaStopping(BlazeError):

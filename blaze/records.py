@@ -17,6 +17,7 @@ class ClusterRecord:
 
     cluster_id: str
     pid: int
+    started: float  # when that process started: a number alone may belong to another by now
     address: str  # of Ray
     dashboard: str  # where `serve deploy` goes
     url: str  # where requests go
@@ -25,14 +26,21 @@ class ClusterRecord:
 def write_record(record: ClusterRecord) -> Path:
     path = state_dir() / f"{record.cluster_id}.json"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.write_text(json.dumps(asdict(record)), encoding="utf-8")
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(asdict(record)), encoding="utf-8")
+    unfinished.rename(path)
     return path
 
 
 def read_records() -> list[ClusterRecord]:
-    """The newest first; also of clusters whose `blaze up` has died."""
-    files = sorted(state_dir().glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    return [ClusterRecord(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    """The newest first; also of clusters whose `blaze up` has died. Files that are none are passed over."""
+    found = []
+    for file in state_dir().glob("*.json"):
+        try:
+            found.append(ClusterRecord(**json.loads(file.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):
+            continue
+    return sorted(found, key=lambda record: record.started, reverse=True)
 
 
 def newest_running() -> ClusterRecord | None:
@@ -42,7 +50,7 @@ def newest_running() -> ClusterRecord | None:
 def is_running(record: ClusterRecord) -> bool:
     """The process that wrote the record lives, and is not one that got its number later."""
     try:
-        return "up" in psutil.Process(record.pid).cmdline()
+        return abs(psutil.Process(record.pid).create_time() - record.started) < 1.0
     except psutil.NoSuchProcess:
         return False
 

@@ -29,15 +29,6 @@ class EngineKind(StrEnum):
     SIMULATOR = "simulator"
 
 
-class ReplicaState(StrEnum):
-    STARTING = "starting"
-    READY = "ready"
-    SUSPECT = "suspect"
-    DRAINING = "draining"
-    RESTARTING = "restarting"
-    DEAD = "dead"
-
-
 # --- Requests --------------------------------------------------------------------------------------
 
 
@@ -83,12 +74,20 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Raises :class:`InvalidRequest`: calls over a handle pass through no other validation."""
-        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "must be at least 1")
+        _check(
+            self.max_tokens is None or _is_count(self.max_tokens),
+            "max_tokens",
+            "must be an integer, at least 1",
+        )
         _check(0 <= self.temperature <= 2, "temperature", "must be between 0 and 2")
         _check(0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
         _check(self.top_k >= 0, "top_k", "must be at least 0")
-        _check(self.n >= 1, "n", "must be at least 1")
-        _check("" not in self.stop, "stop", "a stop string must not be empty")
+        _check(_is_count(self.n), "n", "must be an integer, at least 1")
+        _check(
+            isinstance(self.stop, tuple) and "" not in self.stop,
+            "stop",
+            "must be a tuple of non-empty strings",
+        )
         _check_seed(self.seed)
 
 
@@ -125,10 +124,10 @@ class ImageRequest:
 
     def __post_init__(self) -> None:
         """Raises :class:`InvalidRequest`: calls over a handle pass through no other validation."""
-        _check(self.n >= 1, "n", "must be at least 1")
+        _check(_is_count(self.n), "n", "must be an integer, at least 1")
         for name in ("width", "height", "num_inference_steps"):
             value = getattr(self, name)
-            _check(value is None or value >= 1, name, "must be at least 1")
+            _check(value is None or _is_count(value), name, "must be an integer, at least 1")
         _check(
             self.guidance_scale is None or 0 <= self.guidance_scale <= 1000,
             "guidance_scale",
@@ -144,6 +143,10 @@ def _check(holds: bool, field_name: str, rule: str) -> None:
     """False also for comparisons with NaN."""
     if not holds:
         raise InvalidRequest(f"{field_name}: {rule}.", param=field_name)
+
+
+def _is_count(value: int) -> bool:
+    return type(value) is int and value >= 1
 
 
 def _check_seed(seed: int | None) -> None:
@@ -223,89 +226,3 @@ class Failed:
 TerminalEvent: TypeAlias = Finished | Failed
 Event: TypeAlias = Started | TextDelta | ChoiceFinished | ImageReady | Progress | Finished | Failed
 Events: TypeAlias = tuple[Event, ...]  # several to a message when the reader is slower than the engine
-
-
-# --- What replicas and routers report --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EngineStatus:
-    """An engine's own account of itself; ``work_pending`` counts queued and running requests."""
-
-    kind: EngineKind
-    state: Literal["loading", "idle", "busy", "failed"]
-    running: int
-    queued: int
-    steps_done: int
-    last_step_age_s: float | None  # None before the first step
-    detail: str | None = None  # why it failed
-
-    @property
-    def work_pending(self) -> int:
-        return self.running + self.queued
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """Pushed by every replica once a probe period."""
-
-    replica_id: ReplicaId
-    model: str
-    rank: int
-    node: str
-    pid: int
-    engine: EngineStatus
-    memory_bytes: int  # resident set size of the replica's process
-
-
-@dataclass(frozen=True)
-class ReplicaCounters:
-    """One Router's account of one replica."""
-
-    replica_id: ReplicaId
-    model: str
-    in_flight: int
-    weight: float
-    requests: int
-    failures: int
-
-
-@dataclass(frozen=True)
-class ModelCounters:
-    """One Router's account of one model. ``ttft_buckets[i]`` counts times up to ``TTFT_BUCKETS_S[i]``."""
-
-    model: str
-    strategy: str
-    waiting: int
-    outcomes: tuple[tuple[str, int], ...]  # ("success" | "failure" | "neutral", count)
-    prompt_tokens: int
-    completion_tokens: int
-    images: int
-    ttft_buckets: tuple[int, ...]
-    ttft_sum_s: float
-
-
-TTFT_BUCKETS_S: tuple[float, ...] = (
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    30.0,
-    float("inf"),
-)
-
-
-@dataclass(frozen=True)
-class RouterReport:
-    """Pushed by every Router once a probe period."""
-
-    router_id: str
-    models: tuple[ModelCounters, ...]
-    replicas: tuple[ReplicaCounters, ...]

@@ -38,7 +38,11 @@ def build_app(args: dict[str, Any]) -> Application:
     check_sources(config)
     # The Router and the health actor ask for no CPU: they must start on a node that engines have filled.
     health = serve.deployment(
-        HealthActor, name="Health", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_MANY
+        HealthActor,
+        name="Health",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_MANY,
+        logging_config={"enable_access_log": False},  # every heartbeat is a call
     ).bind(config.health)
     engines = {
         model.name: engine_deployment(model, config.router.replicas).bind(model, config.health, health)
@@ -50,6 +54,7 @@ def build_app(args: dict[str, Any]) -> Application:
         num_replicas=config.router.replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MANY,
+        logging_config={"enable_access_log": config.router.access_log},
     )
     return router.bind(config, engines, health)
 
@@ -63,6 +68,7 @@ def engine_deployment(model: ModelConfig, routers: int) -> Deployment:
         _REPLICA_CLASSES[model.engine],
         name=f"{model.engine.value}-{re.sub(r'[^A-Za-z0-9._-]', '-', model.name)}",
         ray_actor_options=actor_options,
+        logging_config={"enable_access_log": False},  # a line per call, on the path of every request
         # The dispatcher holds the real cap; Serve's must only never be the first to refuse.
         max_ongoing_requests=2 * model.in_flight_cap * routers,
         request_router_config=RequestRouterConfig(

@@ -22,6 +22,8 @@ def fast_data_plane() -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(GRPC_MESSAGE_BYTES),
+        # Ray parses a log line of HAProxy's per request for its own HTTP metrics; Blaze has /metrics.
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     }
 
 

@@ -14,7 +14,8 @@ from ray.serve.handle import DeploymentHandle
 
 from blaze.config import HealthConfig, ModelConfig
 from blaze.engines.base import Engine
-from blaze.types import EngineStatus, Events, Heartbeat, Request
+from blaze.reports import EngineStatus, Heartbeat
+from blaze.types import Events, Request
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,10 +39,15 @@ class EngineReplica:
         await engine.start()
 
     async def __del__(self) -> None:
-        """Serve awaits it when the replica stops in good order."""
+        """Serve awaits it when the replica stops in good order; also when the constructor has failed."""
+        if not hasattr(self, "_heartbeats"):
+            return
         self._heartbeats.cancel()
         await self._engine.stop()
-        await self._actor.goodbye.remote(self._replica_id)
+        try:
+            await asyncio.wait_for(self._actor.goodbye.remote(self._replica_id), timeout=1.0)
+        except Exception as error:  # when all of the application stops, the health actor may be gone first
+            logger.info("goodbye was not delivered: %s", type(error).__name__)
 
     async def run(self, request: Request, **_pin: str) -> AsyncGenerator[Events]:
         """Events of one request. ``_pin`` names this replica; the request router has read it."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from blaze.clock import SystemClock
 from blaze.config import HealthConfig
 from blaze.health.supervisor import ClusterView, HealthSettings, Supervisor
-from blaze.types import Heartbeat, ReplicaId, RouterReport
+from blaze.reports import Heartbeat, RouterReport
+from blaze.types import ReplicaId
 
 
 class HealthActor:

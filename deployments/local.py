@@ -57,7 +57,7 @@ class LocalCluster:
 
     def __enter__(self) -> Self:
         try:
-            self._start()
+            self.start()
         except BaseException:
             self.stop()
             raise
@@ -68,7 +68,8 @@ class LocalCluster:
     ) -> None:
         self.stop()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Whoever calls it also calls :meth:`stop`, even when this raises or is cut off."""
         self._set_environment()
         try:
             import ray

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 import deployments.pinned_state as state
-from blaze.errors import ReplicaLost
+from blaze.errors import BlazeError, Overloaded, ReplicaLost, ReplicaUnreachable
 from blaze.routing.replicas import ReplicaInfo
 
 
@@ -33,15 +33,23 @@ class PinnedRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
     ) -> RunningReplica:
         pin = pending_request.kwargs.get(state.PIN)
         if is_retry:
-            # Serve tried and the replica is dead, unreachable or refuses: where to go next is the
-            # dispatcher's decision, not Serve's.
-            raise ReplicaLost(f"Replica {pin} did not take the request.")
+            raise self._why_not(pin)
         if pin == state.ANY:
             return await self._first_there_is()
         replica = self._by_pin.get(pin)
         if replica is None:
             raise ReplicaLost(f"Replica {pin} is gone.")
         return replica
+
+    def _why_not(self, pin: str) -> BlazeError:
+        """Serve tried and did not succeed. Where to go next is the dispatcher's decision, not Serve's."""
+        replica = self._by_pin.get(pin)
+        if replica is None or replica.replica_id not in self.curr_replicas:
+            return ReplicaLost(f"Replica {pin} is gone.")
+        queued = self.replica_queue_len_cache.get(replica.replica_id)
+        if queued is not None and queued >= replica.max_ongoing_requests:
+            return Overloaded(f"Replica {pin} refused the request: it has {queued}.", retry_after_s=1)
+        return ReplicaUnreachable(f"Replica {pin} could not be reached.")
 
     async def _first_there_is(self) -> RunningReplica:
         """Waits as a queued request, which is what Serve's autoscaler counts as demand."""

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.serve.exceptions import RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 import deployments.pinned_state as state
-from blaze.errors import BlazeError, Cancelled, EngineFailure, ReplicaLost
+from blaze.errors import BlazeError, Cancelled, EngineFailure, ReplicaLost, ReplicaUnreachable
 from blaze.routing.replicas import ReplicaInfo
 from blaze.types import Events, ReplicaId, Request
 
@@ -55,8 +55,8 @@ class RayReplicaPool:
     async def _wait_for_any(self) -> None:
         try:
             await self._probe.remote(**{state.PIN: state.ANY})
-        except (RayError, BlazeError) as error:
-            logger.warning("waking %s: %s", self._key, error)
+        except Exception as error:  # whoever waits asks again
+            logger.warning("waking %s: %s: %s", self._key, type(error).__name__, error)
 
     def call(self, replica_id: ReplicaId, request: Request) -> RayReplicaCall:
         return RayReplicaCall(self._handle.remote(request, **{state.PIN: replica_id}))
@@ -77,14 +77,18 @@ class RayReplicaCall:
             events: Events = await self._responses.__anext__()
         except (StopAsyncIteration, BlazeError):
             raise
-        except RayActorError as error:  # died, or unreachable: for the stream it is the same
-            raise ReplicaLost(f"The replica was lost: {type(error).__name__}") from error
+        except ActorUnavailableError as error:
+            raise ReplicaUnreachable("The connection to the replica broke.") from error
+        except RayActorError as error:
+            raise ReplicaLost(f"The replica was lost: {type(error).__name__}.") from error
         except RequestCancelledError as error:
             if self._cancelled:
                 raise Cancelled("The call was cancelled.") from error
             raise ReplicaLost("The replica gave the call up.") from error
         except Exception as error:
-            raise EngineFailure(f"The replica raised {type(error).__name__}: {error}") from error
+            # The text holds a traceback with paths and addresses: for the log, not for the client.
+            logger.exception("a replica raised")
+            raise EngineFailure(f"The replica failed: {type(error).__name__}.") from error
         return events
 
     def cancel(self) -> None:

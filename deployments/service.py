@@ -17,9 +17,10 @@ from blaze.clock import SystemClock
 from blaze.config import BlazeConfig, ModelConfig
 from blaze.errors import ModelNotFound
 from blaze.health.supervisor import ClusterView
+from blaze.reports import ModelCounters, ReplicaCounters, RouterReport
 from blaze.routing.dispatcher import Dispatcher, DispatchSettings, RoutedStream
 from blaze.routing.strategies import make_strategy
-from blaze.types import ModelCounters, ReplicaCounters, Request, RouterReport
+from blaze.types import Request
 from deployments.pool import RayReplicaPool
 
 logger = logging.getLogger("ray.serve")
@@ -68,7 +69,7 @@ class ClusterService:
             missing=tuple(
                 model.name
                 for model in self._config.models
-                if not model.may_scale_to_zero and self._dispatchers[model.name].replica_count == 0
+                if not model.may_scale_to_zero and self._dispatchers[model.name].available_replicas == 0
             )
         )
 

@@ -7,7 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,8 +17,16 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from blaze.config import APP_NAME, BlazeConfig, blaze_application, cache_dir, load_serve_config, parse_args
-from blaze.errors import EnvironmentProblem
+from blaze.config import (
+    APP_NAME,
+    BlazeConfig,
+    ModelConfig,
+    blaze_application,
+    cache_dir,
+    load_serve_config,
+    parse_args,
+)
+from blaze.errors import ConfigError, EnvironmentProblem
 from blaze.models.cache import is_converted, local_model
 from blaze.models.memory import replica_bytes
 from blaze.models.sources import check_sources, parse_source
@@ -43,25 +51,33 @@ def up(path: Path, port: int | None, console: Console) -> None:
     check_sources(config)
     host, port = _listen(serve_config, port)
     check_port(host, port)
+    check_resources(config)
     check_memory(config)
-    with stopping_on_signals():
+    with stopping_on_signals(), ExitStack() as undo:
         prepare_models(config, console)
+        cluster = LocalCluster()
+        undo.callback(_stop_cluster, cluster, console)  # before the start: it may be cut off anywhere
         with console.status("Starting Ray"):
-            cluster = LocalCluster().__enter__()
-        try:
-            stop_on_signals()  # again: Ray has put its own handlers in their place
-            _serve(cluster, serve_config, application.get("name", APP_NAME), f"http://{host}:{port}", console)
-        finally:
-            ignore_signals()
-            with console.status("Stopping"):
-                cluster.stop()
-            remove_record(cluster.cluster_id)
+            cluster.start()
+        stop_on_signals()  # again: Ray has put its own handlers in their place
+        url = f"http://{host}:{port}{(application.get('route_prefix') or '/').rstrip('/')}"
+        _serve(cluster, serve_config, application.get("name", APP_NAME), url, console)
+
+
+def _stop_cluster(cluster: LocalCluster, console: Console) -> None:
+    ignore_signals()
+    with console.status("Stopping"):
+        cluster.stop()
+    remove_record(cluster.cluster_id)
 
 
 def _serve(
     cluster: LocalCluster, serve_config: dict[str, Any], app_name: str, url: str, console: Console
 ) -> None:
-    write_record(ClusterRecord(cluster.cluster_id, os.getpid(), cluster.address, cluster.dashboard, url))
+    me = psutil.Process()
+    write_record(
+        ClusterRecord(cluster.cluster_id, me.pid, me.create_time(), cluster.address, cluster.dashboard, url)
+    )
     cluster.deploy(serve_config)
     wait_until_ready(cluster, app_name, url, console)
     announce(serve_config, url, cluster, console)
@@ -71,11 +87,15 @@ def _serve(
 
 def _listen(serve_config: dict[str, Any], port: int | None) -> tuple[str, int]:
     """Where HTTP will listen; ``--port`` wins over the file, and the default host is this machine only."""
-    options = serve_config.setdefault("http_options", {})
-    options.setdefault("host", "127.0.0.1")
-    if port is not None:
-        options["port"] = port
-    return str(options["host"]), int(options.setdefault("port", 8000))
+    options = serve_config.get("http_options") or {}
+    if not isinstance(options, dict):
+        raise ConfigError(f"http_options: expected a mapping (got {options!r})")
+    chosen = port if port is not None else options.get("port", 8000)
+    if not isinstance(chosen, int) or not 1 <= chosen <= 65535:
+        raise ConfigError(f"http_options.port: expected a port number (got {chosen!r})")
+    host = str(options.get("host") or "127.0.0.1")
+    serve_config["http_options"] = options | {"host": host, "port": chosen}
+    return host, chosen
 
 
 def check_port(host: str, port: int) -> None:
@@ -90,9 +110,31 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
+def check_resources(config: BlazeConfig) -> None:
+    """Raises :class:`EnvironmentProblem` when the replicas could never all be placed on this machine."""
+    cpus = sum(model.resources.num_cpus * _replicas(model) for model in config.models)
+    have = os.cpu_count() or 1
+    if cpus > have:
+        raise EnvironmentProblem(f"the replicas ask for {cpus:g} CPUs, this machine has {have}: see num_cpus")
+    gpus = sum(model.resources.num_gpus * _replicas(model) for model in config.models)
+    if gpus and gpus > (have := _gpus()):
+        raise EnvironmentProblem(f"the replicas ask for {gpus:g} GPUs, this machine has {have}: see num_gpus")
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _replicas(model: ModelConfig) -> int:
+    return model.autoscaling.min_replicas if model.autoscaling else model.replicas or 1
+
+
 def check_memory(config: BlazeConfig) -> None:
-    """Raises :class:`EnvironmentProblem` when the models cannot fit into what is free now."""
-    needed = sum(replica_bytes(model) * (model.replicas or 1) for model in config.models)
+    """Raises :class:`EnvironmentProblem` when the models on the CPU cannot fit into what is free now."""
+    on_cpu = [model for model in config.models if model.resources.num_gpus == 0]
+    needed = sum(replica_bytes(model) * _replicas(model) for model in on_cpu)
     free = psutil.virtual_memory().available
     if needed > free:
         raise EnvironmentProblem(
@@ -128,8 +170,8 @@ def wait_until_ready(cluster: LocalCluster, app_name: str, url: str, console: Co
             if progress.status == "RUNNING" and _answers(f"{url}/ready"):
                 return
             waiting = [d for d in progress.deployments if d.running < d.wanted]
-            shown = ", ".join(f"{d.name} {d.running}/{d.wanted}" for d in waiting) or "the application"
-            status.update(f"Loading {shown} ({time.monotonic() - started:.0f} s)")
+            shown = ", ".join(f"{d.name} {d.running}/{d.wanted} {d.message}".strip() for d in waiting)
+            status.update(f"Loading {shown or 'the application'} ({time.monotonic() - started:.0f} s)")
             time.sleep(_POLL_S)
 
 

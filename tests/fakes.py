@@ -12,6 +12,7 @@ from blaze.api.report import metrics_text, status_object
 from blaze.api.service import ModelCard, Readiness
 from blaze.errors import ModelNotFound, ReplicaLost
 from blaze.health.supervisor import HealthSettings, Supervisor
+from blaze.reports import Heartbeat, ReplicaCounters, RouterReport
 from blaze.routing.dispatcher import Dispatcher, DispatchSettings, RoutedStream
 from blaze.routing.replicas import ReplicaInfo
 from blaze.routing.strategies import make_strategy
@@ -21,11 +22,8 @@ from blaze.types import (
     Event,
     Events,
     Finished,
-    Heartbeat,
-    ReplicaCounters,
     ReplicaId,
     Request,
-    RouterReport,
     Started,
     TextDelta,
     Usage,
@@ -83,7 +81,12 @@ class FakeCall:
         self._go = asyncio.Event()
         if not held:
             self._go.set()
+        self._hold_after: int | None = None
         self.cancelled = False
+
+    def play(self, script: Sequence[Events | Exception]) -> None:
+        """Another script from here on."""
+        self._script = list(script)
 
     def release(self) -> None:
         self._go.set()
@@ -92,6 +95,10 @@ class FakeCall:
         """The next batch waits for ``release`` again."""
         self._go.clear()
 
+    def hold_after(self, batches: int) -> None:
+        """Give out so many batches more, then wait for ``release`` again."""
+        self._hold_after = batches
+
     def __aiter__(self) -> FakeCall:
         return self
 
@@ -99,6 +106,11 @@ class FakeCall:
         await self._go.wait()
         if not self._script:
             raise StopAsyncIteration
+        if self._hold_after is not None:
+            self._hold_after -= 1
+            if self._hold_after == 0:
+                self._hold_after = None
+                self._go.clear()
         step = self._script.pop(0)
         if isinstance(step, Exception):
             raise step
@@ -135,15 +147,24 @@ class FakePool:
         for listener in self._listeners:
             listener(self.live())
 
+    def lose(self, replica_id: ReplicaId) -> None:
+        """The replica dies: its calls break, and then the live set says so."""
+        self.set_live(*(id for id in self.ids if id != replica_id))
+        for call, (called, _) in zip(self.open_calls, self.calls, strict=True):
+            if called == replica_id:
+                call.play([ReplicaLost(f"Replica {replica_id} died.")])
+                call.release()
+
     def wake(self) -> None:
         self.wakes += 1
 
     def call(self, replica_id: ReplicaId, request: Request) -> FakeCall:
-        self.calls.append((replica_id, request))
-        if replica_id not in self.ids:
-            return FakeCall([ReplicaLost(f"Replica {replica_id} is gone.")])
         queued = self.next_scripts or self.scripts.get(replica_id)
-        call = FakeCall(queued.pop(0) if queued else answer(), held=self.held)
+        if replica_id not in self.ids:
+            call = FakeCall([ReplicaLost(f"Replica {replica_id} is gone.")])
+        else:
+            call = FakeCall(queued.pop(0) if queued else answer(), held=self.held)
+        self.calls.append((replica_id, request))
         self.open_calls.append(call)
         return call
 
@@ -180,7 +201,7 @@ class FakeService:
         return self._cards
 
     def readiness(self) -> Readiness:
-        return Readiness(tuple(name for name, d in self.dispatchers.items() if d.replica_count == 0))
+        return Readiness(tuple(name for name, d in self.dispatchers.items() if d.available_replicas == 0))
 
     async def open(self, request: Request) -> RoutedStream:
         dispatcher = self.dispatchers.get(request.model)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import time
-import uuid
 from typing import Any
 
 from starlette.applications import Starlette
@@ -94,7 +94,7 @@ def _request_id(scope: Scope) -> str:
             given: str = value.decode("latin-1")
             if _REQUEST_ID.fullmatch(given):
                 return given
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)
 
 
 class _Endpoints:
@@ -106,7 +106,7 @@ class _Endpoints:
 
     async def chat_completions(self, http: HTTPRequest) -> Response:
         body = parse(ChatCompletionRequest, await self._read(http))
-        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+        answer_id = f"chatcmpl-{secrets.token_hex(12)}"
         stream = await self._open(http, translate.chat_request(body, http.scope["blaze.request_id"]))
         created = int(time.time())
         if body.stream:
@@ -117,7 +117,7 @@ class _Endpoints:
 
     async def completions(self, http: HTTPRequest) -> Response:
         body = parse(CompletionRequest, await self._read(http))
-        answer_id = f"cmpl-{uuid.uuid4().hex}"
+        answer_id = f"cmpl-{secrets.token_hex(12)}"
         stream = await self._open(http, translate.completion_request(body, http.scope["blaze.request_id"]))
         created = int(time.time())
         if body.stream:

@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from blaze.api.service import ModelCard, Readiness
 from blaze.health.supervisor import ClusterView
-from blaze.types import TTFT_BUCKETS_S, ModelCounters, ReplicaState
+from blaze.reports import TTFT_BUCKETS_S, ModelCounters, ReplicaState
 from blaze.version import __version__
 
 
@@ -90,7 +90,9 @@ class _ClusterCollector(Collector):
             "blaze_waiting_requests", "Requests without a replica yet.", labels=["model"]
         )
         ttft = HistogramMetricFamily(
-            "blaze_time_to_first_event_seconds", "From the pick to the first event.", labels=["model"]
+            "blaze_time_to_first_content_seconds",
+            "From the pick to the first token or image.",
+            labels=["model"],
         )
         for name, model in sorted(self._view.models().items()):
             for outcome, count in model.outcomes:

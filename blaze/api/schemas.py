@@ -209,5 +209,12 @@ def _invalid(kind: str, loc: tuple[int | str, ...], message: str) -> InvalidRequ
 
 
 def _known_part(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Without the names that pydantic gives to the members of a union (``str``, ``tuple[int, ...]``)."""
-    return tuple(part for part in loc if isinstance(part, int) or (part.isidentifier() and part != "str"))
+    """Without the names that pydantic gives to the members of a union (``str``, ``tuple[int, ...]``).
+
+    Nor keys of the client's own that are longer than any field's: they are not echoed.
+    """
+    return tuple(part for part in loc if isinstance(part, int) or _is_field(part))
+
+
+def _is_field(part: str) -> bool:
+    return part.isidentifier() and part != "str" and len(part) <= 64

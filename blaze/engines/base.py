@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from blaze.types import EngineStatus, Events, Request
+from blaze.reports import EngineStatus
+from blaze.types import Events, Request
 
 
 class HealthCheckable(Protocol):

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from blaze.clock import Clock
-from blaze.types import EngineKind, EngineStatus
+from blaze.reports import EngineStatus
+from blaze.types import EngineKind
 
 
 class StepCounter:

@@ -1,7 +1,8 @@
 """An engine without a model: it answers at a set pace, for tests, drills and benchmarks.
 
-All randomness (jitter, failures, hangs, words) comes from a generator keyed by the configured seed and
-the request's own, so that the same request gets the same answer on every replica and in every run.
+Words and jitter come from a generator keyed by the configured seed and the request's own, so that the same
+request gets the same answer on every replica and in every run. Failures and hangs come from a generator
+keyed by the configured seed and the replica's rank: the n-th call to a replica fares the same in every run.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from contextlib import aclosing
 from blaze.clock import Clock, SystemClock
 from blaze.config import SimulatorConfig
 from blaze.errors import DeadlineExceeded, EngineFailure, InvalidRequest, ReplicaStopping
+from blaze.reports import EngineStatus
 from blaze.types import (
     ChatPrompt,
     ChoiceFinished,
     EngineKind,
-    EngineStatus,
     Event,
     Events,
     Failed,
@@ -43,6 +44,8 @@ class SimulatorEngine:
         self._slowdown = options.slowdown.get(rank, 1.0)
         self._fail_rate = options.fail_rate.get(rank, 0.0)
         self._hang = options.hang.get(rank, 0.0)
+        # Per replica and call, not per request: a retry elsewhere is a new draw.
+        self._faults = random.Random(f"{options.seed}/{rank}")
         self._clock = clock or SystemClock()
         self._slots = asyncio.Semaphore(options.slots)
         self._running = 0
@@ -96,16 +99,16 @@ class SimulatorEngine:
             self._queued -= 1
         self._running += 1
         try:
-            await self._misbehave(rng, deadline)
+            await self._misbehave(deadline)
             async for events in self._tokens(request, rng, deadline):
                 yield events
         finally:
             self._running -= 1
             self._slots.release()
 
-    async def _misbehave(self, rng: random.Random, deadline: float | None) -> None:
+    async def _misbehave(self, deadline: float | None) -> None:
         # Both are drawn whatever the rates are: changing a rate does not change the answers of the others.
-        fails, hangs = rng.random() < self._fail_rate, rng.random() < self._hang
+        fails, hangs = self._faults.random() < self._fail_rate, self._faults.random() < self._hang
         if fails:
             raise EngineFailure("The simulator was told to fail this request.")
         if hangs:

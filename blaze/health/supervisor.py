@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from blaze.clock import Clock
-from blaze.types import Heartbeat, ModelCounters, ReplicaCounters, ReplicaId, ReplicaState, RouterReport
+from blaze.reports import Heartbeat, ModelCounters, ReplicaCounters, ReplicaState, RouterReport
+from blaze.types import ReplicaId
 
 
 @dataclass(frozen=True, slots=True)

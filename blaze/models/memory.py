@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 from blaze.config import ModelConfig
+from blaze.errors import ModelSourceError
 from blaze.models.sources import FolderSource, GGUFSource, ModelSource, parse_source
 from blaze.types import EngineKind
 
@@ -33,14 +34,20 @@ def parameters(source: ModelSource) -> int:
     if isinstance(source, GGUFSource):
         return _gguf_values(source.path)
     if isinstance(source, FolderSource):
-        return sum(_safetensors_values(file) for file in source.path.glob("**/*.safetensors"))
+        files = list(source.path.glob("**/*.safetensors"))
+        whole = [file for file in files if ".fp16." not in file.name]  # a second copy, not loaded
+        return sum(_safetensors_values(file) for file in whole or files)
     return 0
 
 
 def _safetensors_values(file: Path) -> int:
     """From the header alone: 8 bytes of length, then JSON with every tensor's shape."""
+    size = file.stat().st_size
     with file.open("rb") as data:
-        (length,) = struct.unpack("<Q", data.read(8))
+        start = data.read(8)
+        (length,) = struct.unpack("<Q", start) if len(start) == 8 else (size,)
+        if length > size - 8:  # a pointer left by Git LFS, say
+            raise ModelSourceError(f"source: {file} is not a safetensors file", param="source")
         header = json.loads(data.read(length))
     total = 0
     for name, tensor in header.items():

@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 from blaze.config import BlazeConfig
 from blaze.errors import ConfigError, ModelSourceError
+from blaze.types import EngineKind
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
@@ -63,11 +64,22 @@ def check_sources(config: BlazeConfig) -> None:
     for index, model in enumerate(config.models):
         if model.source is not None:
             try:
-                parse_source(model.source, revision=model.revision)
+                source = parse_source(model.source, revision=model.revision)
+                if isinstance(source, FolderSource):
+                    check_folder(source.path, model.engine)
             except ConfigError as error:
                 wrong.append(f"models[{index}].{error.message}")
     if wrong:
         raise ConfigError("; ".join(wrong))
+
+
+def check_folder(folder: Path, engine: EngineKind) -> None:
+    """Raises :class:`ModelSourceError` for a folder that cannot be a model of this engine."""
+    description = "model_index.json" if engine is EngineKind.DIFFUSION else "config.json"
+    if not (folder / description).is_file():
+        raise ModelSourceError(f"source {str(folder)!r}: there is no {description} in it", param="source")
+    if not any(folder.glob("**/*.safetensors")):
+        raise ModelSourceError(f"source {str(folder)!r}: there are no safetensors in it", param="source")
 
 
 def package_path(reference: str) -> Path:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+from blaze.reports import TTFT_BUCKETS_S, ModelCounters
 from blaze.routing.replicas import Outcome
-from blaze.types import TTFT_BUCKETS_S, ModelCounters, Usage
+from blaze.types import Usage
 
 
 class ModelAccount:
@@ -18,7 +19,7 @@ class ModelAccount:
         self._ttft_buckets = [0] * len(TTFT_BUCKETS_S)
         self._ttft_sum_s = 0.0
 
-    def first_event(self, after_s: float) -> None:
+    def first_content(self, after_s: float) -> None:
         self._ttft_buckets[bisect_left(TTFT_BUCKETS_S, after_s)] += 1
         self._ttft_sum_s += after_s
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -22,6 +21,7 @@ from blaze.errors import (
     ErrorInfo,
     ReplicaLost,
 )
+from blaze.reports import ModelCounters, ReplicaCounters
 from blaze.routing.accounting import ModelAccount
 from blaze.routing.admission import WaitingRoom
 from blaze.routing.pool import ReplicaCall, ReplicaPool
@@ -29,15 +29,20 @@ from blaze.routing.replicas import Lease, Outcome, ReplicaTable
 from blaze.routing.strategies import Strategy
 from blaze.types import (
     SEED_BOUND,
+    Event,
     Events,
     Failed,
     Finished,
     GenerateRequest,
-    ModelCounters,
-    ReplicaCounters,
+    Progress,
     ReplicaId,
     Request,
+    Started,
 )
+
+_SUSPEND_S = 2.0  # longer than a dead replica takes to leave the live set
+_RECHECK_S = 0.5
+_DEADLINE_GRACE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +72,13 @@ class Dispatcher:
         self._clock = clock
         self._rng = rng
         self._settings = settings
-        self._table = ReplicaTable(cap=settings.max_in_flight)
+        self._table = ReplicaTable(cap=settings.max_in_flight, clock=clock)
         self._room = WaitingRoom(max_queued=settings.max_queued)
         self._table.on_capacity.append(self._room.pump)
         self._account = ModelAccount(model)
+        self._rechecking: asyncio.TimerHandle | None = None
+        pool.subscribe(self._table.sync)  # first: what is published from now on is not missed
         self._table.sync(pool.live())
-        pool.subscribe(self._table.sync)
 
     async def open(self, request: Request) -> RoutedStream:
         """Send the request to a replica and wait for the first events of its answer.
@@ -110,8 +116,8 @@ class Dispatcher:
         ), self._table.counters(self.model)
 
     @property
-    def replica_count(self) -> int:
-        return len(self._table)
+    def available_replicas(self) -> int:
+        return len(self._table.available())
 
     def _with_seed(self, request: Request) -> Request:
         # Drawn once, before the first attempt: a second attempt repeats the draws of the first.
@@ -126,8 +132,9 @@ class Dispatcher:
 
     async def _acquire(self, request: Request, tried: list[ReplicaId], deadline: float) -> Lease:
         def attempt() -> Lease | None:
-            # Not where it has just failed; unless there is nowhere else.
-            views = self._table.eligible(tried) or self._table.eligible()
+            views = self._table.eligible(tried)
+            if not views and not self._table.available(tried):
+                views = self._table.eligible()  # nowhere else to go: where it has just failed
             pick = self._strategy.choose(views, request)
             return None if pick is None else self._table.lease(pick.replica_id)
 
@@ -135,14 +142,30 @@ class Dispatcher:
             lease = attempt()
             if lease is not None:
                 return lease
-        if not self._table:
-            self._pool.wake()
+        self._recheck_soon()
         return await self._room.wait(attempt, max(0.0, deadline - self._clock.now()))
+
+    def _recheck_soon(self) -> None:
+        """While requests wait: suspensions end by time alone, and an empty pool has to be woken."""
+        if self._rechecking is None:
+            self._rechecking = asyncio.get_running_loop().call_later(_RECHECK_S, self._recheck)
+        if not self._table.available():
+            self._pool.wake()
+
+    def _recheck(self) -> None:
+        self._rechecking = None
+        self._room.pump()
+        if self._room:
+            self._recheck_soon()
 
     def _start(self, request: Request, lease: Lease, deadline: float) -> RoutedStream:
         remaining = max(0.0, deadline - self._clock.now())
-        call = self._pool.call(lease.replica.id, dataclasses.replace(request, timeout_s=remaining))
-        return RoutedStream(call, lease, self._account, self._clock, deadline, self._table.mark_gone)
+        try:
+            call = self._pool.call(lease.replica.id, dataclasses.replace(request, timeout_s=remaining))
+        except BaseException:
+            lease.release(Outcome.NEUTRAL)
+            raise
+        return RoutedStream(call, lease, self._account, self._clock, deadline, self._table)
 
 
 class RoutedStream:
@@ -155,65 +178,75 @@ class RoutedStream:
         account: ModelAccount,
         clock: Clock,
         deadline: float,
-        mark_gone: Callable[[ReplicaId], None],
+        table: ReplicaTable,
     ) -> None:
         self.replica_id = lease.replica.id
+        self.error: ErrorInfo | None = None  # when the answer is nothing but an error
         self._call = call
         self._lease = lease
         self._account = account
         self._clock = clock
         self._opened_at = clock.now()
         self._deadline = deadline
-        self._mark_gone = mark_gone
-        self.error: ErrorInfo | None = None  # when the answer is nothing but an error
-        self._first: Events | None = None
+        self._table = table
+        self._first: Events = ()
         self._ended = False
 
     async def begin(self) -> None:
-        """Wait for the first batch."""
-        self._first = await self._next()
-        head = self._first[0]
-        if isinstance(head, Failed):
-            self.error = head.error
-        else:
-            self._account.first_event(self._clock.now() - self._opened_at)
+        """Wait for the first content. What comes before it (``Started``, ``Progress``) commits to nothing:
+        until content arrives, the request can begin anew on another replica."""
+        events: Events = ()
+        while True:
+            events += await self._next()
+            last = events[-1]
+            if isinstance(last, Failed) and not any(map(_is_content, events)):
+                self.error = last.error
+                self._first = (last,)
+                return
+            if any(map(_is_content, events)):
+                self._account.first_content(self._clock.now() - self._opened_at)
+                self._first = events
+                return
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Events:
-        if self._first is not None:
-            first, self._first = self._first, None
+        if self._first:
+            first, self._first = self._first, ()
             return first
         if self._ended:
             raise StopAsyncIteration
         return await self._next()
 
     async def _next(self) -> Events:
-        events = await self._receive()
+        events, silent = await self._receive()
         last = events[-1]
         if isinstance(last, Finished):
             self._end(Outcome.SUCCESS)
             self._account.finished(last.usage)
         elif isinstance(last, Failed):
-            self._end(Outcome.FAILURE if last.error.is_failure else Outcome.NEUTRAL)
+            self._end(Outcome.FAILURE if last.error.is_failure or silent else Outcome.NEUTRAL)
         return events
 
-    async def _receive(self) -> Events:
-        """The next batch; whatever goes wrong on the way is a terminal event."""
+    async def _receive(self) -> tuple[Events, bool]:
+        """The next batch, and whether the replica fell silent; whatever goes wrong is a terminal event.
+
+        The engine keeps the deadline itself and says so; who says nothing for a while longer has failed.
+        """
         try:
-            async with asyncio.timeout(max(0.0, self._deadline - self._clock.now())):
-                return await anext(self._call)
+            async with asyncio.timeout(max(0.0, self._deadline - self._clock.now()) + _DEADLINE_GRACE_S):
+                return await anext(self._call), False
         except StopAsyncIteration:
-            return _failed(EngineFailure("The replica ended its answer without a result."))
+            return _failed(EngineFailure("The replica ended its answer without a result.")), False
         except TimeoutError:
             self._call.cancel()
-            return _failed(DeadlineExceeded("The request's deadline passed before it was finished."))
+            return _failed(DeadlineExceeded("The request's deadline passed before it was finished.")), True
         except ReplicaLost as error:
-            self._mark_gone(self.replica_id)
-            return _failed(error)
+            self._table.suspend(self.replica_id, _SUSPEND_S)
+            return _failed(error), False
         except BlazeError as error:
-            return _failed(error)
+            return _failed(error), False
 
     def _end(self, outcome: Outcome) -> None:
         self._ended = True
@@ -233,6 +266,10 @@ class RoutedStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _is_content(event: Event) -> bool:
+    return not isinstance(event, Started | Progress | Failed)
 
 
 def _failed(error: BlazeError) -> Events:

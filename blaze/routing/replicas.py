@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from blaze.types import ReplicaCounters, ReplicaId
+from blaze.clock import Clock
+from blaze.reports import ReplicaCounters
+from blaze.types import ReplicaId
 
 
 class Outcome(StrEnum):
@@ -30,7 +33,7 @@ class ReplicaInfo:
 class Replica:
     """Mutable counters of one replica; satisfies :class:`blaze.routing.strategies.ReplicaView`."""
 
-    __slots__ = ("failures", "gone", "id", "in_flight", "node", "requests", "weight")
+    __slots__ = ("failures", "id", "in_flight", "node", "requests", "suspended_until", "weight")
 
     def __init__(self, info: ReplicaInfo) -> None:
         self.id = info.id
@@ -39,7 +42,7 @@ class Replica:
         self.in_flight = 0
         self.requests = 0
         self.failures = 0
-        self.gone = False  # seen to be dead before the pool said so: not picked again
+        self.suspended_until = -math.inf  # a call to it was lost: not picked before this time
 
 
 class Lease:
@@ -69,8 +72,9 @@ class Lease:
 class ReplicaTable:
     """The replicas of one model, sorted by id, kept in step with the pool's live set."""
 
-    def __init__(self, *, cap: int) -> None:
+    def __init__(self, *, cap: int, clock: Clock) -> None:
         self._cap = cap
+        self._clock = clock
         self._by_id: dict[ReplicaId, Replica] = {}
         self._sorted: list[Replica] = []
         self.on_capacity: list[Callable[[], None]] = []
@@ -82,8 +86,8 @@ class ReplicaTable:
         """Take over a new live set: those that stay keep their counters, a dead id leaves nothing behind."""
         infos = {info.id: info for info in live}
         for gone in self._by_id.keys() - infos.keys():
-            self._by_id.pop(gone).gone = True
-        self._sorted = [replica for replica in self._sorted if not replica.gone or replica.id in self._by_id]
+            del self._by_id[gone]
+        self._sorted = [replica for replica in self._sorted if replica.id in self._by_id]
         for replica_id, info in infos.items():
             if replica_id not in self._by_id:
                 replica = Replica(info)
@@ -91,16 +95,24 @@ class ReplicaTable:
                 insort(self._sorted, replica, key=_by_id)
         self._notify()
 
-    def mark_gone(self, replica_id: ReplicaId) -> None:
-        """A call to it failed as to a dead one: do not pick it until the pool's set has moved on."""
+    def suspend(self, replica_id: ReplicaId, seconds: float) -> None:
+        """A call to it was lost. A dead replica leaves the live set within about a second; one that was
+        only out of reach for a moment is picked again when the time is up."""
         replica = self._by_id.get(replica_id)
         if replica is not None:
-            replica.gone = True
+            replica.suspended_until = self._clock.now() + seconds
+
+    def available(self, excluded: Collection[ReplicaId] = ()) -> Sequence[Replica]:
+        """Replicas that are alive as far as is known, full or not, sorted by id."""
+        now = self._clock.now()
+        return [r for r in self._sorted if r.suspended_until <= now and r.id not in excluded]
 
     def eligible(self, excluded: Collection[ReplicaId] = ()) -> Sequence[Replica]:
         """Replicas that may take one more request, sorted by id."""
-        cap = self._cap
-        return [r for r in self._sorted if not r.gone and r.in_flight < cap and r.id not in excluded]
+        now, cap = self._clock.now(), self._cap
+        return [
+            r for r in self._sorted if r.in_flight < cap and r.suspended_until <= now and r.id not in excluded
+        ]
 
     def lease(self, replica_id: ReplicaId) -> Lease:
         return Lease(self, self._by_id[replica_id])

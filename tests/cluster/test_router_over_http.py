@@ -164,7 +164,7 @@ def test_metrics_are_prometheus_text(app: Served) -> None:
         if sample.labels == {"model": "sim", "outcome": "success"}
     ]
     assert successes[0] >= 1
-    assert families["blaze_time_to_first_event_seconds"].type == "histogram"
+    assert families["blaze_time_to_first_content_seconds"].type == "histogram"
 
 
 def test_a_killed_replica_costs_no_request_and_comes_back(app: Served) -> None:

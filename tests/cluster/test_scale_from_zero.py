@@ -14,7 +14,12 @@ pytestmark = pytest.mark.cluster
 def test_case_25_the_first_request_wakes_the_model_and_it_goes_back_to_sleep() -> None:
     model = simulator("sleepy", tokens=2)
     del model["replicas"]
-    model["autoscaling"] = {"min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0, "downscale_delay_s": 2}
+    model["autoscaling"] = {
+        "min_replicas": 0,
+        "max_replicas": 1,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 2,
+    }
     with served([model]) as app:
 
         def asleep() -> bool:

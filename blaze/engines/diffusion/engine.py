@@ -32,9 +32,9 @@ from blaze.errors import (
     ReplicaStopping,
 )
 from blaze.models.sources import ModelSource
+from blaze.reports import EngineStatus
 from blaze.types import (
     EngineKind,
-    EngineStatus,
     Events,
     Failed,
     Finished,
@@ -114,7 +114,8 @@ class DiffusionEngine:
     def _admit(self, request: Request) -> _Job:
         if not isinstance(request, ImageRequest):
             raise InvalidRequest("This model generates images, not text.", param="model")
-        if self._loaded is None or self._stopping.is_set():
+        serving = self._compute is not None and self._compute.is_alive() and not self._stopping.is_set()
+        if self._loaded is None or not serving:
             raise ReplicaStopping("The engine is not running.")
         check_request(request, self._loaded, self._options)
         deadline = None if request.timeout_s is None else self._clock.now() + request.timeout_s
@@ -124,8 +125,8 @@ class DiffusionEngine:
 
     def _serve(self) -> None:
         assert self._loaded is not None
-        while (job := self._waiting.get()) is not None and not self._stopping.is_set():
-            self._run(self._loaded, job)
+        while (job := self._waiting.get()) is not None:
+            self._run(self._loaded, job)  # which ends at once when the engine is stopping
         while not self._waiting.empty():
             if (left := self._waiting.get()) is not None:
                 left.channel.put(Failed(ReplicaStopping("The replica is shutting down.").info))
@@ -139,9 +140,7 @@ class DiffusionEngine:
             job.channel.put(Failed(error.info))
         except Exception as error:
             logger.exception("request %s failed", job.request.request_id)
-            job.channel.put(
-                Failed(EngineFailure(f"The pipeline failed: {type(error).__name__}: {error}").info)
-            )
+            job.channel.put(Failed(EngineFailure(f"The pipeline failed: {type(error).__name__}.").info))
 
     def _draw(self, loaded: LoadedPipeline, job: _Job) -> None:
         request = job.request

@@ -23,17 +23,8 @@ from blaze.engines.llm.sequence import Sequence
 from blaze.engines.progress import StepCounter
 from blaze.errors import BlazeError, DeadlineExceeded, EngineFailure, InvalidRequest, ReplicaStopping
 from blaze.models.sources import ModelSource
-from blaze.types import (
-    EngineKind,
-    EngineStatus,
-    Events,
-    Failed,
-    Finished,
-    GenerateRequest,
-    Request,
-    Started,
-    Usage,
-)
+from blaze.reports import EngineStatus
+from blaze.types import EngineKind, Events, Failed, Finished, GenerateRequest, Request, Started, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +99,7 @@ class LLMEngine:
         self._waiting.put(None)
         if self._compute is not None:
             await asyncio.to_thread(self._compute.join)
-        self._encoding.shutdown(wait=False, cancel_futures=True)
+        self._encoding.shutdown(wait=False)
         self._model = None
 
     async def get_health_status(self) -> EngineStatus:
@@ -135,31 +126,41 @@ class LLMEngine:
         """Everything that can be wrong with a request is found here, before it touches the batch."""
         if not isinstance(request, GenerateRequest):
             raise InvalidRequest("This model generates text, not images.", param="model")
-        if self._model is None or self._encoder is None or self._stopping.is_set():
-            raise ReplicaStopping("The engine is not running.")
         sampling = request.sampling
         if sampling.n > self._options.max_batch_size:
             raise InvalidRequest(
                 f"n: at most {self._options.max_batch_size} choices for this model.", param="n"
             )
         deadline = None if request.timeout_s is None else self._clock.now() + request.timeout_s
-        loop = asyncio.get_running_loop()
-        prompt_ids = await loop.run_in_executor(self._encoding, self._encoder.encode, request)
-        room = self._model.max_model_len - len(prompt_ids)
+        model, encoder = self._model, self._encoder
+        if model is None or encoder is None or not self._is_serving():
+            raise ReplicaStopping("The engine is not running.")
+        encoding = asyncio.get_running_loop().run_in_executor(self._encoding, encoder.encode, request)
+        prompt_ids = await encoding
+        if not self._is_serving():  # it may have stopped in the meantime
+            raise ReplicaStopping("The engine is not running.")
+        room = model.max_model_len - len(prompt_ids)
         limit = room if sampling.max_tokens is None else sampling.max_tokens
-        vocabulary = self._model.vocabulary
-        sequences = [Sequence(index, prompt_ids, sampling, limit, vocabulary) for index in range(sampling.n)]
+        sequences = [
+            Sequence(index, prompt_ids, sampling, limit, model.vocabulary) for index in range(sampling.n)
+        ]
         return _Job(prompt_ids, sequences, EventChannel(), deadline)
+
+    def _is_serving(self) -> bool:
+        return not self._stopping.is_set() and self._compute is not None and self._compute.is_alive()
 
     # --- The compute thread ------------------------------------------------------------------------
 
     def _serve(self) -> None:
         assert self._model is not None
-        while not self._stopping.is_set():
-            jobs = self._next_batch()
-            if jobs:
-                self._run_batch(StaticBatchRunner(self._model.model), jobs)
-        self._fail_waiting()
+        try:
+            while not self._stopping.is_set():
+                jobs = self._next_batch()
+                if jobs:
+                    self._run_batch(self._model, jobs)
+        finally:
+            self._stopping.set()  # nothing is admitted any more, and nobody is left waiting
+            self._fail_waiting()
 
     def _next_batch(self) -> list[_Job]:
         """Wait for a request, then take all that wait and fit. Empty when there is nothing left to do."""
@@ -181,10 +182,10 @@ class LLMEngine:
                 break
         return jobs
 
-    def _run_batch(self, runner: StaticBatchRunner, jobs: list[_Job]) -> None:
+    def _run_batch(self, model: LoadedModel, jobs: list[_Job]) -> None:
         try:
             with self._progress.running(len(jobs)):
-                self._generate(runner, jobs)
+                self._generate(StaticBatchRunner(model.model), jobs)
         except Exception as error:
             logger.exception("a batch of %d requests failed", len(jobs))
             for job in jobs:
@@ -194,10 +195,10 @@ class LLMEngine:
                     )
 
     def _generate(self, runner: StaticBatchRunner, jobs: list[_Job]) -> None:
-        for job in jobs:
-            job.channel.put(Started(job.prompt_ids))
         rows = [(job, sequence) for job in jobs for sequence in job.sequences]
         logits = runner.prefill([sequence.prompt_ids for _, sequence in rows])
+        for job in jobs:
+            job.channel.put(Started(job.prompt_ids))
         while True:
             tokens = sample(
                 logits,

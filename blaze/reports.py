@@ -1,0 +1,101 @@
+"""What replicas and Routers tell of themselves: values that cross processes, standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from blaze.types import EngineKind, ReplicaId
+
+
+class ReplicaState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    SUSPECT = "suspect"
+    DRAINING = "draining"
+    RESTARTING = "restarting"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """An engine's own account of itself; ``work_pending`` counts queued and running requests."""
+
+    kind: EngineKind
+    state: Literal["loading", "idle", "busy", "failed"]
+    running: int
+    queued: int
+    steps_done: int
+    last_step_age_s: float | None  # None before the first step
+    detail: str | None = None  # why it failed
+
+    @property
+    def work_pending(self) -> int:
+        return self.running + self.queued
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Pushed by every replica once a probe period."""
+
+    replica_id: ReplicaId
+    model: str
+    rank: int
+    node: str
+    pid: int
+    engine: EngineStatus
+    memory_bytes: int  # resident set size of the replica's process
+
+
+@dataclass(frozen=True)
+class ReplicaCounters:
+    """One Router's account of one replica."""
+
+    replica_id: ReplicaId
+    model: str
+    in_flight: int
+    weight: float
+    requests: int
+    failures: int
+
+
+@dataclass(frozen=True)
+class ModelCounters:
+    """One Router's account of one model. ``ttft_buckets[i]`` counts times up to ``TTFT_BUCKETS_S[i]``."""
+
+    model: str
+    strategy: str
+    waiting: int
+    outcomes: tuple[tuple[str, int], ...]  # ("success" | "failure" | "neutral", count)
+    prompt_tokens: int
+    completion_tokens: int
+    images: int
+    ttft_buckets: tuple[int, ...]
+    ttft_sum_s: float
+
+
+TTFT_BUCKETS_S: tuple[float, ...] = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    float("inf"),
+)
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """Pushed by every Router once a probe period."""
+
+    router_id: str
+    models: tuple[ModelCounters, ...]
+    replicas: tuple[ReplicaCounters, ...]
