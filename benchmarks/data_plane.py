@@ -29,7 +29,7 @@ from benchmarks.load import Load, closed_loop, read_answer
 from deployments.local import LocalCluster, free_port
 
 BODY = json.dumps(
-    {"model": "sim", "stream": True, "messages": [{"role": "user", "content": "Say one word."}]}
+    {"model": "sim", "stream": True, "seed": 1, "messages": [{"role": "user", "content": "Say one word."}]}
 ).encode()
 CONNECTIONS = (1, 16)
 NAMES = STOCK, BARE, BLAZE = ("(a) stock Ray Serve", "(b) bare, fast data plane", "(c) Blaze")

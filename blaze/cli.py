@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,15 +70,22 @@ def down() -> None:
     records = read_records()
     for record in records:
         if is_running(record):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(record.pid)
-                process.terminate()
-                psutil.wait_procs([process], timeout=60)
+            _end(record.pid)
         sweep(record.cluster_id)
         remove_record(record.cluster_id)
         console.print(f"stopped {record.url}")
     if not records:
         console.print("nothing runs")
+
+
+def _end(pid: int, *, within_s: float = 60.0) -> None:
+    """Ask the process to stop and wait; one that its parent has not collected yet is gone as well."""
+    give_up = time.monotonic() + within_s
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        process.terminate()
+        while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < give_up:
+            time.sleep(0.05)
 
 
 @app.command()

@@ -27,8 +27,16 @@ def fast_data_plane() -> dict[str, str]:
     }
 
 
-def private_proxy(folder: Path, *, metrics_port: int, stats_port: int) -> dict[str, str]:
-    """HAProxy with files and ports of its own, reachable from this machine only."""
+REPLICA_PORTS = 100  # the size of a cluster's block of ports
+
+
+def private_proxy(folder: Path, *, metrics_port: int, stats_port: int, replica_ports: int) -> dict[str, str]:
+    """HAProxy with files and ports of its own, reachable from this machine only.
+
+    ``replica_ports``: the first of a block of ``REPLICA_PORTS`` for the Router replicas' own HTTP servers.
+    Ray tells HAProxy a replica's port before the replica has bound it: in a range that two clusters share,
+    the requests of one can reach the other.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return {
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.sh")),
@@ -41,6 +49,8 @@ def private_proxy(folder: Path, *, metrics_port: int, stats_port: int) -> dict[s
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "20",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_ports),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_ports + REPLICA_PORTS - 1),
     }
 
 

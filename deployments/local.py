@@ -7,6 +7,7 @@ it and no others, whatever state the start had got to.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import tempfile
@@ -22,7 +23,7 @@ import psutil
 
 from blaze.config import APP_NAME
 from blaze.errors import ConfigError, EnvironmentProblem
-from deployments.data_plane import fast_data_plane, private_proxy
+from deployments.data_plane import REPLICA_PORTS, fast_data_plane, private_proxy
 
 MARKER = "BLAZE_CLUSTER_ID"
 _OBJECT_STORE_BYTES = 512 * 1024 * 1024
@@ -106,7 +107,10 @@ class LocalCluster:
         if self._fast:
             variables |= fast_data_plane()
             variables |= private_proxy(
-                self._folder / "haproxy", metrics_port=free_port(), stats_port=free_port()
+                self._folder / "haproxy",
+                metrics_port=free_port(),
+                stats_port=free_port(),
+                replica_ports=free_block(REPLICA_PORTS),
             )
         for name, value in variables.items():
             self._before[name] = os.environ.get(name)
@@ -195,3 +199,22 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def free_block(size: int) -> int:
+    """The first of ``size`` ports in a row that nobody listens on, below the system's own choices."""
+    starts = list(range(10_000, 32_000, size))
+    random.shuffle(starts)
+    for start in starts:
+        if all(_is_free(port) for port in range(start, start + size)):
+            return start
+    raise EnvironmentProblem(f"there are no {size} free ports in a row between 10000 and 32000")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

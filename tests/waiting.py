@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from blaze.engines.base import HealthCheckable
+
 Value = TypeVar("Value")
 
 
@@ -32,3 +34,15 @@ async def until(condition: Callable[[], object], *, within_s: float = 30.0) -> N
         turns += 1
         # Tasks of the loop need a turn only; threads, after a while, need the processor.
         await asyncio.sleep(0 if turns < 1000 else 0.001)
+
+
+async def until_status(engine: HealthCheckable, **expected: object) -> None:
+    """Until the engine's own account of itself has these values."""
+    give_up = time.monotonic() + 30.0
+    while True:
+        status = await engine.get_health_status()
+        if all(getattr(status, name) == value for name, value in expected.items()):
+            return
+        if time.monotonic() > give_up:
+            raise AssertionError(f"still {status}, not {expected}")
+        await asyncio.sleep(0.001)

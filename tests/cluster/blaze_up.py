@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,25 +64,28 @@ class BlazeUp:
 
 
 @contextmanager
-def blaze_up(folder: Path, *arguments: str) -> Iterator[BlazeUp]:
+def blaze_up(
+    folder: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[BlazeUp]:
     """Started, not yet ready. At the end it is killed with all that descends from it, if need be."""
     mark = uuid.uuid4().hex
-    environment = os.environ | {
+    own = {
         _MARK: mark,
         "XDG_STATE_HOME": str(folder / "state"),
         "COLUMNS": "200",
         "PYTHONUNBUFFERED": "1",
     }
+    inherited = os.environ | own | dict(environment or {})
     log = folder / "blaze-up.log"
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "blaze.cli", "up", *arguments],
-            env=environment,
+            env=inherited,
             stdout=file,
             stderr=subprocess.STDOUT,
             text=True,
         )
-    running = BlazeUp(process, log, mark, environment)
+    running = BlazeUp(process, log, mark, inherited)
     try:
         yield running
     finally:

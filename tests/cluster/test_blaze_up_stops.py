@@ -53,11 +53,37 @@ def test_ctrl_c_leaves_no_process_behind(
 ) -> None:
     with blaze_up(tmp_path, str(config)) as run:
         eventually(lambda: moment(run), within_s=90, every_s=0.02)
-        assert run.descendants()  # or there would be nothing to show
+        _interrupt_and_expect_nothing_left(run, tmp_path)
+
+
+@pytest.mark.models
+def test_ctrl_c_while_the_real_models_load_leaves_no_process_behind(tmp_path: Path) -> None:
+    with blaze_up(tmp_path, "serve_config.yaml", "--port", str(free_port())) as run:
+        # The first heartbeat, and with it the title, comes before the weights: both are loading now.
+        eventually(lambda: sum("ServeReplica:blaze:llm" in name for name in _names(run)) == 2, within_s=120)
+        assert not _at_rest(run)
+        _interrupt_and_expect_nothing_left(run, tmp_path)
+
+
+@pytest.mark.models
+def test_ctrl_c_while_a_model_is_converted_leaves_no_half_of_it(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with blaze_up(
+        tmp_path, "serve_config.yaml", "--port", str(free_port()), environment={"BLAZE_CACHE": str(cache)}
+    ) as run:
+        eventually(lambda: list(cache.glob("converted/*.lock")), within_s=60)
         run.interrupt()
         assert run.process.wait(timeout=60) == 0, run.output()
         assert run.descendants() == []
-        assert list((tmp_path / "state").glob("**/*.json")) == []
+        assert [path for path in cache.glob("converted/*") if path.is_dir()] == []
+
+
+def _interrupt_and_expect_nothing_left(run: BlazeUp, folder: Path) -> None:
+    assert run.descendants()  # or there would be nothing to show
+    run.interrupt()
+    assert run.process.wait(timeout=60) == 0, run.output()
+    assert run.descendants() == []
+    assert list((folder / "state").glob("**/*.json")) == []
 
 
 def test_a_port_in_use_is_one_line_and_exit_code_2(tmp_path: Path, config: Path) -> None:

@@ -82,14 +82,17 @@ def test_the_openai_client_streams_what_it_gets_whole(client: openai.OpenAI) -> 
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_a_stream_arrives_while_it_is_generated(client: openai.OpenAI) -> None:
+def test_a_stream_arrives_while_it_is_generated(app: Served, client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(model="slow", messages=MESSAGES, stream=True, max_tokens=300)
     pieces = 0
     for chunk in stream:
         pieces += bool(chunk.choices[0].delta.content)
-        if pieces == 3:  # of 300: the rest has not been generated yet
+        if pieces == 3:
+            # Of 300, 20 ms apart: had anybody on the way held them back, the replica would be done by now.
+            assert app.in_flight() == 1
             break
     stream.close()
+    eventually(lambda: app.in_flight() == 0, within_s=10)
 
 
 def test_errors_reach_the_openai_client_as_its_own_classes(client: openai.OpenAI) -> None:

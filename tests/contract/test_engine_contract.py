@@ -1,0 +1,200 @@
+"""What every engine promises to the rest of Blaze, checked on each of them.
+
+An engine joins by an entry in ``ENGINES``; one that loads a real model carries the marker ``models``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+
+import pytest
+
+from blaze.config import SimulatorConfig
+from blaze.engines.base import Engine
+from blaze.engines.simulator import SimulatorEngine
+from blaze.types import (
+    ChoiceFinished,
+    EngineKind,
+    Event,
+    Failed,
+    Finished,
+    GenerateRequest,
+    ImageReady,
+    Request,
+    Started,
+    TextDelta,
+    TextPrompt,
+)
+from tests.samples import collect, image_request, terminals, text_request
+from tests.waiting import until_status
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One engine, and requests that mean the same to each."""
+
+    kind: EngineKind
+    make: Callable[[], Engine]
+    short: Request  # is answered soon
+    endless: Request  # goes on for so long that no test sees its end
+    wrong_kind: Request
+
+    @property
+    def writes_text(self) -> bool:
+        return isinstance(self.short, GenerateRequest)
+
+
+def simulator() -> Subject:
+    options = SimulatorConfig(ttft_ms=0, inter_token_ms=1, tokens=10**6, slots=2)
+    return Subject(
+        kind=EngineKind.SIMULATOR,
+        make=lambda: SimulatorEngine(options),
+        short=text_request(TextPrompt("hi"), max_tokens=1, seed=3, n=2),
+        endless=text_request(TextPrompt("hi"), max_tokens=10**6, seed=3),
+        wrong_kind=image_request(),
+    )
+
+
+ENGINES = [pytest.param(simulator, id="simulator")]
+
+
+@pytest.fixture(params=ENGINES)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    made: Subject = request.param()
+    return made
+
+
+@pytest.fixture
+async def engine(subject: Subject) -> AsyncIterator[Engine]:
+    made = subject.make()
+    await made.start()
+    yield made
+    await made.stop()
+
+
+async def ask(engine: Engine, request: Request) -> list[Event]:
+    return await collect(engine.run(request))
+
+
+async def test_an_answer_ends_with_exactly_one_terminal_event(subject: Subject, engine: Engine) -> None:
+    events = await ask(engine, subject.short)
+    assert terminals(events) == [events[-1]]
+    assert isinstance(events[-1], Finished)
+
+
+async def test_batches_are_never_empty(subject: Subject, engine: Engine) -> None:
+    assert all([batch async for batch in engine.run(subject.short)])
+
+
+async def test_an_answer_begins_with_started(subject: Subject, engine: Engine) -> None:
+    events = await ask(engine, subject.short)
+    assert isinstance(events[0], Started)
+    assert sum(isinstance(event, Started) for event in events) == 1
+
+
+async def test_every_choice_or_image_is_complete(subject: Subject, engine: Engine) -> None:
+    events = await ask(engine, subject.short)
+    if isinstance(subject.short, GenerateRequest):
+        finished = [event.index for event in events if isinstance(event, ChoiceFinished)]
+        assert sorted(finished) == list(range(subject.short.sampling.n))
+        for index in finished:
+            own = [e for e in events if isinstance(e, TextDelta | ChoiceFinished) and e.index == index]
+            assert isinstance(own[-1], ChoiceFinished), "no text after a choice has finished"
+    else:
+        drawn = [event.index for event in events if isinstance(event, ImageReady)]
+        assert sorted(drawn) == list(range(subject.short.n))
+
+
+async def test_usage_is_what_was_made(subject: Subject, engine: Engine) -> None:
+    events = await ask(engine, subject.short)
+    (finished,) = (event for event in events if isinstance(event, Finished))
+    if subject.writes_text:
+        (started,) = (event for event in events if isinstance(event, Started))
+        tokens = sum(len(event.token_ids) for event in events if isinstance(event, TextDelta))
+        assert finished.usage.completion_tokens == tokens
+        assert finished.usage.prompt_tokens == len(started.prompt_token_ids)
+    else:
+        assert finished.usage.images == sum(isinstance(event, ImageReady) for event in events)
+
+
+async def test_the_same_request_is_answered_the_same_twice(subject: Subject, engine: Engine) -> None:
+    assert await ask(engine, subject.short) == await ask(engine, subject.short)
+
+
+async def test_requests_at_once_are_each_answered_as_if_alone(subject: Subject, engine: Engine) -> None:
+    alone = await ask(engine, subject.short)
+    together = await asyncio.gather(*(ask(engine, subject.short) for _ in range(5)))
+    for events in together:
+        assert [e for e in events if isinstance(e, ChoiceFinished | ImageReady | Finished)] == [
+            e for e in alone if isinstance(e, ChoiceFinished | ImageReady | Finished)
+        ]
+
+
+async def test_a_request_of_the_wrong_kind_is_a_400_and_an_event(subject: Subject, engine: Engine) -> None:
+    (event,) = await ask(engine, subject.wrong_kind)
+    assert isinstance(event, Failed)
+    assert event.error.http_status == 400
+    assert not event.error.is_failure
+    assert isinstance((await ask(engine, subject.short))[-1], Finished)
+
+
+async def test_case_15_closing_early_leaves_nothing_running(subject: Subject, engine: Engine) -> None:
+    answer = engine.run(subject.endless)
+    await anext(answer)
+    assert (await engine.get_health_status()).work_pending == 1
+    await answer.aclose()
+    assert (await engine.get_health_status()).work_pending == 0
+    await until_status(engine, state="idle")
+
+
+async def test_case_15_a_cancelled_reader_leaves_nothing_running(subject: Subject, engine: Engine) -> None:
+    task = asyncio.create_task(ask(engine, subject.endless))
+    await until_status(engine, running=1)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert (await engine.get_health_status()).work_pending == 0
+    await until_status(engine, state="idle")
+
+
+async def test_many_requests_given_up_leave_nothing_behind(subject: Subject, engine: Engine) -> None:
+    tasks = [asyncio.create_task(ask(engine, subject.endless)) for _ in range(8)]
+    await until_status(engine, work_pending=8)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await until_status(engine, running=0, queued=0)
+    assert isinstance((await ask(engine, subject.short))[-1], Finished)
+
+
+async def test_a_deadline_that_has_passed_is_one_504_and_no_failure(subject: Subject, engine: Engine) -> None:
+    events = await ask(engine, replace(subject.endless, timeout_s=0.0))
+    assert terminals(events) == [events[-1]]
+    assert isinstance(events[-1], Failed)
+    assert (events[-1].error.http_status, events[-1].error.is_failure) == (504, False)
+    assert (await engine.get_health_status()).work_pending == 0
+
+
+async def test_stopping_ends_what_runs_with_an_event(subject: Subject) -> None:
+    engine = subject.make()
+    await engine.start()
+    tasks = [asyncio.create_task(ask(engine, subject.endless)) for _ in range(3)]
+    await until_status(engine, work_pending=3)
+    await engine.stop()
+    for events in await asyncio.gather(*tasks):
+        assert terminals(events) == [events[-1]]
+        assert isinstance(events[-1], Failed)
+        assert events[-1].error.retryable, "the request belongs to another replica"
+    assert (await engine.get_health_status()).work_pending == 0
+
+
+async def test_status_tells_kind_steps_and_their_age(subject: Subject, engine: Engine) -> None:
+    before = await engine.get_health_status()
+    assert (before.kind, before.state) == (subject.kind, "idle")
+    assert (before.running, before.queued, before.detail) == (0, 0, None)
+    await ask(engine, subject.short)
+    after = await engine.get_health_status()
+    assert after.steps_done > before.steps_done
+    assert after.last_step_age_s is not None
+    assert after.last_step_age_s >= 0

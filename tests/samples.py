@@ -1,0 +1,69 @@
+"""Values that many tests need, with only what a test is about spelt out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Literal
+
+from blaze.reports import EngineStatus, Heartbeat
+from blaze.types import (
+    ChatMessage,
+    ChatPrompt,
+    EngineKind,
+    Event,
+    Events,
+    Failed,
+    Finished,
+    GenerateRequest,
+    ImageReady,
+    ImageRequest,
+    Prompt,
+    SamplingParams,
+    Started,
+    TextDelta,
+    Usage,
+)
+
+
+def text_request(
+    prompt: Prompt | str = "hi", *, timeout_s: float | None = None, model: str = "m", **sampling: Any
+) -> GenerateRequest:
+    given = ChatPrompt((ChatMessage("user", prompt),)) if isinstance(prompt, str) else prompt
+    return GenerateRequest("r-1", model, given, SamplingParams(**sampling), timeout_s)
+
+
+def image_request(prompt: str = "seven", **options: Any) -> ImageRequest:
+    return ImageRequest("r-1", "m", prompt, **options)
+
+
+def image_answer(*seeds: int) -> list[Events | Exception]:
+    images = [
+        ImageReady(index, b"pixels-%d" % index, "png", 32, 16, seed) for index, seed in enumerate(seeds)
+    ]
+    return [(Started(), *images, Finished(Usage(images=len(images))))]
+
+
+def heartbeat(
+    replica_id: str = "a",
+    *,
+    model: str = "m",
+    rank: int = 0,
+    state: Literal["loading", "idle", "busy", "failed"] = "idle",
+    running: int = 0,
+    queued: int = 0,
+    detail: str | None = None,
+) -> Heartbeat:
+    status = EngineStatus(EngineKind.LLM, state, running, queued, 5, 0.5, detail)
+    return Heartbeat(replica_id, model, rank, "node-1", 4711, status, memory_bytes=1 << 20)
+
+
+async def collect(batches: AsyncIterator[Events]) -> list[Event]:
+    return [event async for batch in batches for event in batch]
+
+
+def text_of(events: Iterable[Event], index: int = 0) -> str:
+    return "".join(e.text for e in events if isinstance(e, TextDelta) and e.index == index)
+
+
+def terminals(events: Iterable[Event]) -> list[Event]:
+    return [event for event in events if isinstance(event, Finished | Failed)]

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from blaze.cli import app, base_url
+from blaze.records import ClusterRecord, remove_record, write_record
+
+CONFIG = """
+applications:
+  - name: blaze
+    route_prefix: /
+    import_path: deployments.app:build_app
+    args:
+      models: [{name: sim, engine: simulator, %s}]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that runs on this machine is seen, or stopped."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(app, list(args))
+
+
+def assert_one_line(result: Result, *says: str) -> None:
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("blaze: ")
+    assert all(word in lines[0] for word in says)
+
+
+def test_up_with_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    assert_one_line(run("up", str(tmp_path / "missing.yaml")), "missing.yaml", "No such file")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ("replicas: 0", ["models[0].replicas"]),
+        ("wieght: 2", ["models[0].wieght"]),
+        ("llm: {threads: 2}", ["models[0]", "llm"]),
+    ],
+)
+def test_case_27_up_with_a_wrong_field_names_it(tmp_path: Path, fields: str, says: Sequence[str]) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(CONFIG % fields)
+    assert_one_line(run("up", str(path)), *says)
+
+
+def test_up_with_a_missing_model_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(CONFIG.replace("simulator", "llm") % "source: /nowhere/at/all")
+    assert_one_line(run("up", str(path)), "models[0].source", "/nowhere/at/all")
+
+
+def test_up_on_a_port_in_use_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(CONFIG % "replicas: 1")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        assert_one_line(run("up", str(path), "--port", port), port, "--port")
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http"])
+def test_up_with_an_impossible_port_is_a_usage_error(port: str) -> None:
+    result = run("up", "--port", port)
+    assert result.exit_code == 2
+    assert "--port" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["seven.gif", "seven", "seven.png.txt"])
+def test_image_to_a_file_of_no_known_format_is_one_line(name: str) -> None:
+    assert_one_line(run("image", "a seven", "-o", name), name, ".png")
+
+
+def test_down_without_a_cluster_does_nothing() -> None:
+    result = run("down")
+    assert (result.exit_code, result.stdout) == (0, "nothing runs\n")
+
+
+@pytest.mark.parametrize("args", [["fly"], ["image"], ["chat", "--temperature", "3", "hi"]])
+def test_wrong_usage_exits_with_2(args: list[str]) -> None:
+    assert run(*args).exit_code == 2
+
+
+def test_help_names_every_command() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert all(name in result.stdout for name in ("up", "down", "status", "chat", "image", "doctor"))
+
+
+def test_the_base_url_is_the_given_one_then_the_newest_cluster_then_port_8000(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert base_url("http://host:9000/") == "http://host:9000"
+    write_record(
+        ClusterRecord("c1", 7, 1.0, "127.0.0.1:6379", "http://127.0.0.1:8265", "http://127.0.0.1:8123")
+    )
+    monkeypatch.setattr("blaze.records.is_running", lambda record: record.pid == 7)
+    assert base_url(None) == "http://127.0.0.1:8123"
+    assert base_url("http://other") == "http://other"
+    remove_record("c1")
+    assert base_url(None) == "http://127.0.0.1:8000"

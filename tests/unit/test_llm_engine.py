@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from blaze.config import LLMConfig
+from blaze.engines.llm import engine as engine_module
+from blaze.engines.llm.engine import LLMEngine
+from blaze.models.sources import HubSource
+from blaze.types import (
+    ChoiceFinished,
+    Event,
+    Failed,
+    Finished,
+    Started,
+    TextDelta,
+    TextPrompt,
+    TokenPrompt,
+    Usage,
+)
+from tests.fake_models import ScriptedRunner, fake_model
+from tests.fakes import FakeClock
+from tests.samples import collect, image_request, terminals, text_of, text_request
+from tests.waiting import until_status
+
+SCRIPTS = {"a": "abcX tail", "b": "bbbbbbbbbb", "c": "endings", "d": "d" * 60, "e": "AB", "f": "C"}
+
+
+class Gate:
+    """Holds the compute thread before a step until the test opens it."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+
+    def __call__(self) -> None:
+        assert self.open.wait(30), "the test never opened the gate"
+
+
+class EngineBench:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, max_batch_size: int = 8) -> None:
+        self.gate = Gate()
+        self.clock = FakeClock()
+        self.runner = ScriptedRunner(SCRIPTS, before_step=self.gate)
+        monkeypatch.setattr(engine_module, "load_model", lambda *_args: fake_model())
+        monkeypatch.setattr(engine_module, "StaticBatchRunner", lambda _model: self.runner)
+        self.engine = LLMEngine(
+            HubSource("org/model"),
+            LLMConfig(max_batch_size=max_batch_size),
+            threads=1,
+            cache=Path("/nonexistent"),
+            clock=self.clock,
+        )
+
+    async def together(self, *requests: object) -> list[list[Event]]:
+        """All requests in one batch: they pile up behind one that is held."""
+        self.gate.open.clear()
+        first = asyncio.create_task(collect(self.engine.run(text_request(TextPrompt("f")))))
+        await until_status(self.engine, running=1)
+        tasks = []
+        for request in requests:  # one after another, so that the rows have this order
+            tasks.append(asyncio.create_task(collect(self.engine.run(request))))  # type: ignore[arg-type]
+            await until_status(self.engine, queued=len(tasks))
+        self.gate.open.set()
+        await first
+        return list(await asyncio.gather(*tasks))
+
+
+@pytest.fixture
+async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EngineBench]:
+    made = EngineBench(monkeypatch)
+    await made.engine.start()
+    yield made
+    made.gate.open.set()
+    await made.engine.stop()
+
+
+async def test_a_request_is_answered_with_all_its_parts(bench: EngineBench) -> None:
+    events = await collect(bench.engine.run(text_request(TextPrompt("cc"))))
+    assert events[0] == Started((99, 99))
+    assert text_of(events) == "endings"
+    assert events[-2:] == [ChoiceFinished(0, "stop"), Finished(Usage(prompt_tokens=2, completion_tokens=8))]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("abcd"))[::5])
+async def test_case_20_every_row_ends_by_its_own_rule_in_any_order(
+    bench: EngineBench, order: tuple[str, ...]
+) -> None:
+    requests = {
+        "a": text_request(TextPrompt("a"), stop=("X",), temperature=0.0),
+        "b": text_request(TextPrompt("b"), max_tokens=5, temperature=0.7, seed=1),
+        "c": text_request(TextPrompt("c"), temperature=0.0, top_k=3),
+        "d": text_request(TextPrompt("d"), max_tokens=20, temperature=1.5, seed=2),
+    }
+    answers = await bench.together(*(requests[key] for key in order))
+    assert bench.runner.batch_sizes[2] == 4, "they must share a batch"
+    found = {key: (text_of(events), events[-2]) for key, events in zip(order, answers, strict=True)}
+    assert found == {
+        "a": ("abc", ChoiceFinished(0, "stop")),
+        "b": ("bbbbb", ChoiceFinished(0, "length")),
+        "c": ("endings", ChoiceFinished(0, "stop")),
+        "d": ("d" * 20, ChoiceFinished(0, "length")),
+    }
+
+
+async def test_case_20_a_stop_string_never_matches_across_rows(bench: EngineBench) -> None:
+    requests = [text_request(TextPrompt(key), stop=("ABC",)) for key in "ef"]
+    first, second = await bench.together(*requests)
+    assert (text_of(first), text_of(second)) == ("AB", "C")
+
+
+async def test_choices_of_one_request_are_rows_of_one_batch(bench: EngineBench) -> None:
+    events = await collect(bench.engine.run(text_request(TextPrompt("e"), n=3)))
+    assert [text_of(events, index) for index in range(3)] == ["AB"] * 3
+    assert {e.index for e in events if isinstance(e, ChoiceFinished)} == {0, 1, 2}
+    assert events[-1] == Finished(Usage(prompt_tokens=1, completion_tokens=9))
+    assert bench.runner.batch_sizes[0] == 3
+
+
+async def test_a_batch_never_has_more_rows_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = EngineBench(monkeypatch, max_batch_size=4)
+    await bench.engine.start()
+    requests = [text_request(TextPrompt("e"), n=n) for n in (3, 2, 1, 4)]
+    answers = await bench.together(*requests)
+    assert [len({e.index for e in events if isinstance(e, ChoiceFinished)}) for events in answers] == [
+        3,
+        2,
+        1,
+        4,
+    ]
+    assert max(bench.runner.batch_sizes) <= 4
+    (refused,) = await collect(bench.engine.run(text_request(TextPrompt("e"), n=5)))
+    assert isinstance(refused, Failed)
+    assert (refused.error.http_status, refused.error.param) == (400, "n")
+    await bench.engine.stop()
+
+
+# --- Case 16: one request's trouble is its own ---------------------------------------------------------
+
+
+async def test_case_16_a_bad_request_does_not_touch_the_batch(bench: EngineBench) -> None:
+    answers = await bench.together(
+        text_request(TextPrompt("c")), text_request(TextPrompt("e"), timeout_s=3600.0)
+    )
+    (refused,) = await collect(bench.engine.run(text_request(TokenPrompt((999,)))))
+    assert isinstance(refused, Failed)
+    assert refused.error.http_status == 400
+    assert [text_of(events) for events in answers] == ["endings", "AB"]
+    assert text_of(await collect(bench.engine.run(text_request(TextPrompt("c"))))) == "endings"
+
+
+async def test_case_16_a_request_cancelled_while_it_waits_is_never_computed(bench: EngineBench) -> None:
+    bench.gate.open.clear()
+    running = asyncio.create_task(collect(bench.engine.run(text_request(TextPrompt("e")))))
+    await until_status(bench.engine, running=1)
+    waiting = asyncio.create_task(collect(bench.engine.run(text_request(TextPrompt("d")))))
+    await until_status(bench.engine, queued=1)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    bench.gate.open.set()
+    assert text_of(await running) == "AB"
+    assert text_of(await collect(bench.engine.run(text_request(TextPrompt("c"))))) == "endings"
+    assert sum(bench.runner.batch_sizes) == len("AB") + 1 + len("endings") + 1
+
+
+async def test_case_16_a_failing_model_fails_the_batch_once_and_the_next_one_is_served(
+    bench: EngineBench,
+) -> None:
+    def explode() -> None:
+        bench.runner.before_step = bench.gate
+        raise RuntimeError("out of memory")
+
+    bench.runner.before_step = explode
+    (failed,) = (e for e in await collect(bench.engine.run(text_request(TextPrompt("c")))) if terminals([e]))
+    assert isinstance(failed, Failed)
+    assert failed.error.is_failure
+    assert "out of memory" in failed.error.message
+    assert text_of(await collect(bench.engine.run(text_request(TextPrompt("c"))))) == "endings"
+    status = await bench.engine.get_health_status()
+    assert (status.state, status.work_pending) == ("idle", 0)
+
+
+async def test_case_15_a_reader_that_leaves_ends_its_rows_within_a_step(bench: EngineBench) -> None:
+    steps = itertools.count()
+
+    def hold_the_second() -> None:
+        if next(steps) == 1:
+            bench.gate.open.clear()
+        bench.gate()
+
+    bench.runner.before_step = hold_the_second
+    leaving = bench.engine.run(text_request(TextPrompt("d")))
+    assert isinstance((await anext(leaving))[0], Started)
+    await until_status(bench.engine, steps_done=1)
+    await leaving.aclose()
+    assert (await bench.engine.get_health_status()).work_pending == 0
+    bench.gate.open.set()
+    assert text_of(await collect(bench.engine.run(text_request(TextPrompt("e"))))) == "AB"
+    two_of_the_left, three_of_the_next = 2, 3
+    assert (await bench.engine.get_health_status()).steps_done == two_of_the_left + three_of_the_next
+
+
+# --- Deadlines and the end -----------------------------------------------------------------------------
+
+
+async def in_mid_answer(bench: EngineBench, then: Callable[[], None]) -> list[Event]:
+    """Answer "d" until its third step, do something, and go on."""
+    steps = itertools.count()
+
+    def before_step() -> None:
+        if next(steps) == 2:
+            then()
+
+    bench.runner.before_step = before_step
+    return await collect(bench.engine.run(text_request(TextPrompt("d"), timeout_s=60.0)))
+
+
+async def test_a_deadline_that_passes_ends_the_answer_with_504(bench: EngineBench) -> None:
+    events = await in_mid_answer(bench, lambda: bench.clock.advance(61.0))
+    assert text_of(events) == "ddd"
+    assert len(terminals(events)) == 1
+    assert isinstance(events[-1], Failed)
+    assert (events[-1].error.http_status, events[-1].error.is_failure) == (504, False)
+
+
+async def test_a_request_whose_deadline_passed_in_the_queue_is_dropped_not_run(bench: EngineBench) -> None:
+    bench.gate.open.clear()
+    running = asyncio.create_task(collect(bench.engine.run(text_request(TextPrompt("e")))))
+    await until_status(bench.engine, running=1)
+    late = asyncio.create_task(collect(bench.engine.run(text_request(TextPrompt("c"), timeout_s=5.0))))
+    await until_status(bench.engine, queued=1)
+    bench.clock.advance(6.0)
+    bench.gate.open.set()
+    await running
+    assert [type(event) for event in await late] == [Failed]
+    assert sum(bench.runner.batch_sizes) == 3
+
+
+async def test_stopping_ends_what_runs_and_what_waits(bench: EngineBench) -> None:
+    bench.gate.open.clear()
+    tasks = [asyncio.create_task(collect(bench.engine.run(text_request(TextPrompt("d")))))]
+    await until_status(bench.engine, running=1)
+    tasks.append(asyncio.create_task(collect(bench.engine.run(text_request(TextPrompt("c"))))))
+    await until_status(bench.engine, queued=1)
+    stopping = asyncio.create_task(bench.engine.stop())
+    await asyncio.sleep(0)
+    bench.gate.open.set()
+    await stopping
+    for events in await asyncio.gather(*tasks):
+        assert len(terminals(events)) == 1
+        assert isinstance(events[-1], Failed)
+        assert events[-1].error.retryable
+    (after,) = await collect(bench.engine.run(text_request(TextPrompt("c"))))
+    assert isinstance(after, Failed)
+
+
+async def test_an_image_request_is_refused(bench: EngineBench) -> None:
+    (event,) = await collect(bench.engine.run(image_request()))
+    assert isinstance(event, Failed)
+    assert event.error.http_status == 400
+
+
+async def test_case_28_the_same_seed_gives_the_same_answer_whatever_else_is_in_the_batch(
+    bench: EngineBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = bench.runner._logits
+
+    def undecided():  # type: ignore[no-untyped-def]
+        logits = flat()
+        logits.fill_(0.0)
+        return logits
+
+    monkeypatch.setattr(bench.runner, "_logits", undecided)
+    request = text_request(TextPrompt("d"), seed=99, max_tokens=8, n=2)
+    (alone,) = await bench.together(request)
+    other = text_request(TextPrompt("d"), seed=1, max_tokens=8)
+    _, beside = await bench.together(other, request)
+    ids = [[(e.index, e.token_ids) for e in events if isinstance(e, TextDelta)] for events in (alone, beside)]
+    assert ids[0] == ids[1]
+    assert text_of(alone, 0) != text_of(alone, 1)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from blaze.api.report import metrics_text, status_object
+from blaze.api.service import ModelCard, Readiness
+from blaze.errors import EngineFailure
+from blaze.health.supervisor import ClusterView
+from blaze.reports import TTFT_BUCKETS_S, RouterReport
+from blaze.types import EngineKind
+from blaze.version import __version__
+from tests.fakes import FakePool, FakeService
+from tests.samples import collect, heartbeat, image_answer, image_request, text_request
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def samples(text: bytes) -> Samples:
+    """Every sample by its name and sorted labels."""
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+
+
+async def used_service() -> FakeService:
+    """Two answers and a failure of model m, two images of model d."""
+    pools = {
+        "m": FakePool(("a",), scripts={"a": [[EngineFailure("broke")]]}),
+        "d": FakePool(("x",), scripts={"x": [image_answer(1, 2)]}),
+    }
+    service = FakeService(pools, kinds={"d": EngineKind.DIFFUSION})
+    for request in (text_request(), text_request()):
+        async with await service.dispatchers["m"].open(request) as stream:
+            await collect(stream)
+    async with await service.dispatchers["d"].open(image_request(n=2)) as stream:
+        await collect(stream)
+    service.heartbeat(heartbeat("a", state="busy", running=1, queued=2))
+    service.heartbeat(heartbeat("x", model="d", state="loading"))
+    return service
+
+
+async def test_metrics_parse_and_are_sums() -> None:
+    found = samples(await (await used_service()).metrics())
+    m, a = ("model", "m"), (("model", "m"), ("replica", "a"))
+    assert found["blaze_requests_total", (m, ("outcome", "success"))] == 2
+    assert found["blaze_requests_total", (m, ("outcome", "failure"))] == 1
+    assert found["blaze_requests_total", (m, ("outcome", "neutral"))] == 0
+    assert found["blaze_tokens_total", (("kind", "completion"), m)] == 2
+    assert found["blaze_tokens_total", (("kind", "prompt"), m)] == 6
+    assert found["blaze_images_total", (("model", "d"),)] == 2
+    assert found["blaze_waiting_requests", (m,)] == 0
+    assert found["blaze_in_flight_requests", a] == 0
+    assert found["blaze_replica_requests_total", a] == 3
+    assert found["blaze_replica_failures_total", a] == 1
+    assert found["blaze_replica_ready", a] == 1
+    assert found["blaze_replica_ready", (("model", "d"), ("replica", "x"))] == 0
+    assert found["blaze_replica_memory_bytes", a] == 1 << 20
+
+
+async def test_the_histogram_of_first_content_is_cumulative() -> None:
+    found = samples(await (await used_service()).metrics())
+    name = "blaze_time_to_first_content_seconds"
+    bounds = ["+Inf" if bound == float("inf") else str(bound) for bound in TTFT_BUCKETS_S]
+    buckets = [found[f"{name}_bucket", (("le", bound), ("model", "m"))] for bound in bounds]
+    assert buckets == sorted(buckets)
+    assert buckets[-1] == found[f"{name}_count", (("model", "m"),)] == 2
+    assert found[f"{name}_sum", (("model", "m"),)] == 0.0  # the clock of the test stood still
+
+
+def test_metrics_of_an_empty_cluster_parse() -> None:
+    assert samples(metrics_text(ClusterView((), ()))) == {}
+
+
+async def test_case_46_unknown_names_make_no_labels() -> None:
+    service = await used_service()
+    names = {dict(labels).get("model") for _, labels in samples(await service.metrics())}
+    assert names == {"m", "d"}
+
+
+async def test_status_tells_models_and_replicas() -> None:
+    body = await (await used_service()).status()
+    assert (body["version"], body["ready"], body["routers"]) == (__version__, True, ["router-1"])
+    model = body["models"][0]
+    assert model == {
+        "name": "m",
+        "engine": "llm",
+        "strategy": "round_robin",
+        "replicas": 1,
+        "ready": 1,
+        "waiting": 0,
+        "requests": {"success": 2, "failure": 1, "neutral": 0},
+    }
+    assert (body["models"][1]["replicas"], body["models"][1]["ready"]) == (1, 0)
+    replica = next(row for row in body["replicas"] if row["id"] == "a")
+    expected = {
+        "model": "m",
+        "rank": 0,
+        "node": "node-1",
+        "pid": 4711,
+        "state": "ready",
+        "in_flight": 0,
+        "weight": 1.0,
+        "requests": 3,
+        "failures": 1,
+        "running": 1,
+        "queued": 2,
+    }
+    assert expected.items() <= replica.items()
+
+
+def test_a_model_that_nobody_has_reported_yet_is_listed_empty() -> None:
+    view = ClusterView((), (RouterReport("r1", (), ()),))
+    body = status_object([ModelCard("m", EngineKind.LLM, 0)], view, Readiness(("m",)))
+    assert body["ready"] is False
+    assert body["models"][0]["strategy"] is None
+    assert (body["models"][0]["replicas"], body["models"][0]["requests"]) == (0, {})

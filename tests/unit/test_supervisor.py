@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import pytest
+
+from blaze.health.supervisor import HealthSettings, ReplicaHealth, Supervisor
+from blaze.reports import TTFT_BUCKETS_S, ModelCounters, ReplicaCounters, ReplicaState, RouterReport
+from tests.fakes import FakeClock
+from tests.samples import heartbeat
+
+SETTINGS = HealthSettings(probe_period_s=1.0, missed_probes=3, stall_after_s=30.0)
+
+
+class Watch:
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.supervisor = Supervisor(SETTINGS, self.clock)
+
+    def replica(self, replica_id: str = "a") -> ReplicaHealth | None:
+        found = [r for r in self.supervisor.view().replicas if r.heartbeat.replica_id == replica_id]
+        return found[0] if found else None
+
+    def state(self) -> ReplicaState | None:
+        replica = self.replica()
+        return None if replica is None else replica.state
+
+
+def model_counters(**values: object) -> ModelCounters:
+    base: dict[str, object] = {
+        "model": "m",
+        "strategy": "round_robin",
+        "waiting": 1,
+        "outcomes": (("success", 2), ("failure", 1)),
+        "prompt_tokens": 10,
+        "completion_tokens": 20,
+        "images": 3,
+        "ttft_buckets": tuple(range(len(TTFT_BUCKETS_S))),
+        "ttft_sum_s": 0.5,
+    }
+    return ModelCounters(**{**base, **values})  # type: ignore[arg-type]
+
+
+def report(
+    router_id: str, *replicas: ReplicaCounters, models: tuple[ModelCounters, ...] = ()
+) -> RouterReport:
+    return RouterReport(router_id, models, replicas)
+
+
+# --- States ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engine_state", "state"),
+    [
+        ("loading", ReplicaState.STARTING),
+        ("idle", ReplicaState.READY),
+        ("busy", ReplicaState.READY),
+        ("failed", ReplicaState.DEAD),
+    ],
+)
+def test_the_state_follows_the_engines_own_account(engine_state: str, state: ReplicaState) -> None:
+    watch = Watch()
+    watch.supervisor.heartbeat(heartbeat(state=engine_state))  # type: ignore[arg-type]
+    assert watch.state() is state
+
+
+def test_three_missed_probes_make_a_replica_suspect_and_a_heartbeat_ready_again() -> None:
+    watch = Watch()
+    watch.supervisor.heartbeat(heartbeat())
+    watch.clock.advance(3.0)
+    assert watch.state() is ReplicaState.READY
+    watch.clock.advance(0.01)
+    assert watch.state() is ReplicaState.SUSPECT
+    watch.supervisor.heartbeat(heartbeat())
+    assert watch.state() is ReplicaState.READY
+
+
+def test_silence_is_measured_from_the_last_heartbeat() -> None:
+    watch = Watch()
+    watch.supervisor.heartbeat(heartbeat())
+    watch.clock.advance(2.0)
+    watch.supervisor.heartbeat(heartbeat())
+    watch.clock.advance(1.5)
+    replica = watch.replica()
+    assert replica is not None
+    assert replica.silent_for_s == 1.5
+
+
+def test_a_replica_that_stays_silent_is_forgotten() -> None:
+    watch = Watch()
+    watch.supervisor.heartbeat(heartbeat())
+    watch.clock.advance(30.0)
+    assert watch.state() is ReplicaState.SUSPECT
+    watch.clock.advance(0.01)
+    assert watch.state() is None
+
+
+def test_a_replica_that_stops_in_good_order_is_forgotten_at_once() -> None:
+    watch = Watch()
+    watch.supervisor.heartbeat(heartbeat("a"))
+    watch.supervisor.heartbeat(heartbeat("b", rank=1))
+    watch.supervisor.goodbye("a")
+    watch.supervisor.goodbye("unknown")
+    assert [r.heartbeat.replica_id for r in watch.supervisor.view().replicas] == ["b"]
+
+
+def test_replicas_are_listed_by_model_and_rank() -> None:
+    watch = Watch()
+    for beat in (heartbeat("x", model="n"), heartbeat("z", rank=1), heartbeat("y", rank=0)):
+        watch.supervisor.heartbeat(beat)
+    assert [r.heartbeat.replica_id for r in watch.supervisor.view().replicas] == ["y", "z", "x"]
+
+
+# --- Sums over the Routers ---------------------------------------------------------------------------
+
+
+def test_a_replicas_counters_are_summed_over_the_routers() -> None:
+    watch = Watch()
+    watch.supervisor.report(report("r1", ReplicaCounters("a", "m", 2, 1.5, 10, 1)))
+    watch.supervisor.report(
+        report("r2", ReplicaCounters("a", "m", 3, 1.5, 20, 4), ReplicaCounters("b", "m", 1, 1.0, 1, 0))
+    )
+    assert watch.supervisor.view().counters() == {
+        "a": ReplicaCounters("a", "m", 5, 1.5, 30, 5),
+        "b": ReplicaCounters("b", "m", 1, 1.0, 1, 0),
+    }
+
+
+def test_a_models_counters_are_summed_over_the_routers() -> None:
+    watch = Watch()
+    watch.supervisor.report(report("r1", models=(model_counters(),)))
+    watch.supervisor.report(
+        report("r2", models=(model_counters(outcomes=(("neutral", 5), ("success", 1)), ttft_sum_s=1.0),))
+    )
+    assert watch.supervisor.view().models() == {
+        "m": model_counters(
+            waiting=2,
+            outcomes=(("failure", 1), ("neutral", 5), ("success", 3)),
+            prompt_tokens=20,
+            completion_tokens=40,
+            images=6,
+            ttft_buckets=tuple(2 * n for n in range(len(TTFT_BUCKETS_S))),
+            ttft_sum_s=1.5,
+        )
+    }
+
+
+def test_a_newer_report_of_a_router_replaces_its_older_one() -> None:
+    watch = Watch()
+    watch.supervisor.report(report("r1", ReplicaCounters("a", "m", 9, 1.0, 9, 9)))
+    watch.supervisor.report(report("r1", ReplicaCounters("a", "m", 1, 1.0, 10, 9)))
+    assert watch.supervisor.view().counters()["a"].in_flight == 1
+
+
+def test_a_router_that_stays_silent_is_forgotten_with_its_in_flight_requests() -> None:
+    watch = Watch()
+    watch.supervisor.report(report("r2", ReplicaCounters("a", "m", 5, 1.0, 5, 0)))
+    watch.clock.advance(20.0)
+    watch.supervisor.report(report("r1", ReplicaCounters("a", "m", 1, 1.0, 1, 0)))
+    assert [r.router_id for r in watch.supervisor.view().reports] == ["r1", "r2"]
+    watch.clock.advance(10.01)
+    view = watch.supervisor.view()
+    assert [r.router_id for r in view.reports] == ["r1"]
+    assert view.counters()["a"].in_flight == 1
+
+
+def test_an_empty_cluster_has_an_empty_view() -> None:
+    view = Watch().supervisor.view()
+    assert (view.replicas, view.reports, view.counters(), view.models()) == ((), (), {}, {})
