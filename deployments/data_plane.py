@@ -49,6 +49,8 @@ def private_proxy(folder: Path, *, metrics_port: int, stats_port: int, replica_p
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "20",
+        # Serve starts four threads on any machine; on a small one they only take turns with the engines.
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_ports),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_ports + REPLICA_PORTS - 1),
     }

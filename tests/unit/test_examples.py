@@ -65,6 +65,8 @@ def expected_default(default: Any, factory: Any) -> str:
         return "required"
     if isinstance(default, BaseModel):
         return "see below"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
     if isinstance(default, float) and default.is_integer():
         default = int(default)
     return f"`{'null' if default is None else default}`"
