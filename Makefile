@@ -25,14 +25,14 @@ test: install
 	$(BIN)/python -m pytest
 
 unit: install
-	$(BIN)/python -m pytest tests/unit tests/property tests/contract
+	$(BIN)/python -m pytest tests/unit tests/property tests/contract -m "not cluster"
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/unit tests/property
+	$(BIN)/python -m pytest -q tests/unit tests/property tests/contract -m "not cluster"
 
 bench: install
 	$(BIN)/python -m benchmarks.data_plane

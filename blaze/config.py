@@ -7,6 +7,7 @@ path it has in the file, e.g. ``models[1].llm.max_batch_size``.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -219,8 +220,10 @@ class BlazeConfig(Settings):
 
 def parse_args(args: object) -> BlazeConfig:
     """Validate the ``args`` of the application. Raises :class:`ConfigError` naming every wrong field."""
+    # Through JSON, where strict types still take a list for a tuple and an integer for a float: "3" and
+    # true are no numbers.
     try:
-        return BlazeConfig.model_validate(args)
+        return BlazeConfig.model_validate_json(json.dumps(args, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError(describe(error)) from None
 
@@ -228,7 +231,12 @@ def parse_args(args: object) -> BlazeConfig:
 def describe(error: ValidationError) -> str:
     """One line per wrong field: path, reason, and the value that was given."""
     lines = []
-    for item in error.errors(include_url=False):
+    errors = error.errors(include_url=False)
+    for item in errors:
+        if item["type"] == "too_short" and any(
+            e["loc"][: len(item["loc"])] == item["loc"] != e["loc"] for e in errors
+        ):
+            continue  # "models is empty", because its wrong entries were left out
         path = field_path(item["loc"]) or "args"
         reason = item["msg"].removeprefix("Value error, ")
         given = item.get("input")
@@ -241,7 +249,8 @@ def field_path(loc: tuple[int | str, ...]) -> str:
     """``("models", 1, "llm")`` -> ``models[1].llm``."""
     path = ""
     for part in loc:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        is_index = isinstance(part, int) or part.isdigit()  # keys of a mapping arrive as text
+        path += f"[{part}]" if is_index else f".{part}" if path else str(part)
     return path
 
 

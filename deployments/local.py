@@ -74,9 +74,15 @@ class LocalCluster:
         self._set_environment()
         try:
             import ray
+            from ray._private import ray_constants
         except ImportError as error:
             raise EnvironmentProblem(f"Ray is not installed: {error}") from None
+        # Ray read the variable when it was imported, which may have been before it was set.
+        ray_constants.ENABLE_RAY_CLUSTER = False
         dashboard_port = free_port()
+        # Unless RAY_AUTH_MODE says otherwise, a new local Ray asks for the user's token on all its ports,
+        # which it makes when there is none. It also guards the calls between replicas, for which Serve
+        # listens on every interface.
         context = ray.init(
             address="local",
             num_cpus=self._num_cpus,
@@ -96,9 +102,6 @@ class LocalCluster:
         """Ray's processes inherit it; it is put back when the cluster stops."""
         variables = {
             MARKER: self.cluster_id,
-            # Ray's own ports ask for the user's token; that is all that guards the calls between replicas,
-            # for which Serve listens on every interface.
-            "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
             # Ray turns 127.0.0.1 into the machine's outer address, unless it is told that this machine
             # takes part in no cluster of several (the flag is named after the systems it was made for).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 import deployments.pinned_state as state
 from blaze.errors import BlazeError, Overloaded, ReplicaLost, ReplicaUnreachable
@@ -23,6 +23,15 @@ class PinnedRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
+        self._publish()
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """A call has found it dead, before Serve's controller has noticed."""
+        super().on_replica_actor_died(replica_id)
+        self._publish()
+
+    def _publish(self) -> None:
+        replicas = tuple(self.curr_replicas.values())
         self._by_pin = {r.replica_id.unique_id: r for r in replicas}
         live = tuple(ReplicaInfo(r.replica_id.unique_id, node=r.node_id or "") for r in replicas)
         key = f"{self._deployment_id.app_name}#{self._deployment_id.name}"
@@ -44,7 +53,7 @@ class PinnedRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
     def _why_not(self, pin: str) -> BlazeError:
         """Serve tried and did not succeed. Where to go next is the dispatcher's decision, not Serve's."""
         replica = self._by_pin.get(pin)
-        if replica is None or replica.replica_id not in self.curr_replicas:
+        if replica is None:
             return ReplicaLost(f"Replica {pin} is gone.")
         queued = self.replica_queue_len_cache.get(replica.replica_id)
         if queued is not None and queued >= replica.max_ongoing_requests:

@@ -25,7 +25,7 @@ class RoutingBench:
             make_strategy(strategy, rng=rng),
             clock=self.clock,
             rng=rng,
-            settings=DispatchSettings(**settings),
+            settings=DispatchSettings(**{"deadline_grace_s": 0.0, "recheck_s": 0.0} | settings),
         )
 
     async def ask(self, request: Request) -> list[Event]:

@@ -121,9 +121,7 @@ class SimulatorEngine:
     ) -> AsyncGenerator[Events]:
         """Pending events leave before every wait; without waits the whole answer is one batch."""
         sampling = request.sampling
-        wanted = sampling.max_tokens if sampling.max_tokens is not None else self._options.tokens
-        count = min(wanted, self._options.tokens)
-        reason: FinishReason = "length" if wanted <= self._options.tokens else "stop"
+        count, reason = self._end(sampling.max_tokens)
         prompt_ids = _prompt_ids(request.prompt)
         pending: list[Event] = [Started(prompt_ids)]
         wait_ms = self._options.ttft_ms
@@ -141,6 +139,12 @@ class SimulatorEngine:
         pending.extend(ChoiceFinished(index, reason) for index in range(sampling.n))
         pending.append(Finished(Usage(prompt_tokens=len(prompt_ids), completion_tokens=count * sampling.n)))
         yield tuple(pending)
+
+    def _end(self, max_tokens: int | None) -> tuple[int, FinishReason]:
+        """How many tokens there will be, and why there are no more."""
+        if max_tokens is None or max_tokens > self._options.tokens:
+            return self._options.tokens, "stop"
+        return max_tokens, "length"
 
     async def _pause(self, milliseconds: float, rng: random.Random, deadline: float | None) -> None:
         stretch = 1.0 + rng.uniform(-self._options.jitter, self._options.jitter)

@@ -40,10 +40,6 @@ from blaze.types import (
     Started,
 )
 
-_SUSPEND_S = 2.0  # longer than a dead replica takes to leave the live set
-_RECHECK_S = 0.5
-_DEADLINE_GRACE_S = 1.0
-
 
 @dataclass(frozen=True, slots=True)
 class DispatchSettings:
@@ -51,6 +47,9 @@ class DispatchSettings:
     request_timeout_s: float = 600.0
     max_queued: int = 256
     max_in_flight: int = 64  # per replica, from this dispatcher
+    suspend_s: float = 2.0  # after a lost call; longer than a dead replica takes to leave the live set
+    recheck_s: float = 0.5  # how often waiting requests look again without being told to
+    deadline_grace_s: float = 1.0  # for the engine to say itself that the deadline has passed
 
 
 class Dispatcher:
@@ -148,7 +147,7 @@ class Dispatcher:
     def _recheck_soon(self) -> None:
         """While requests wait: suspensions end by time alone, and an empty pool has to be woken."""
         if self._rechecking is None:
-            self._rechecking = asyncio.get_running_loop().call_later(_RECHECK_S, self._recheck)
+            self._rechecking = asyncio.get_running_loop().call_later(self._settings.recheck_s, self._recheck)
         if not self._table.available():
             self._pool.wake()
 
@@ -165,7 +164,7 @@ class Dispatcher:
         except BaseException:
             lease.release(Outcome.NEUTRAL)
             raise
-        return RoutedStream(call, lease, self._account, self._clock, deadline, self._table)
+        return RoutedStream(call, lease, self._account, self._clock, deadline, self._table, self._settings)
 
 
 class RoutedStream:
@@ -179,7 +178,9 @@ class RoutedStream:
         clock: Clock,
         deadline: float,
         table: ReplicaTable,
+        settings: DispatchSettings,
     ) -> None:
+        self._settings = settings
         self.replica_id = lease.replica.id
         self.error: ErrorInfo | None = None  # when the answer is nothing but an error
         self._call = call
@@ -235,7 +236,9 @@ class RoutedStream:
         The engine keeps the deadline itself and says so; who says nothing for a while longer has failed.
         """
         try:
-            async with asyncio.timeout(max(0.0, self._deadline - self._clock.now()) + _DEADLINE_GRACE_S):
+            async with asyncio.timeout(
+                max(0.0, self._deadline - self._clock.now()) + self._settings.deadline_grace_s
+            ):
                 return await anext(self._call), False
         except StopAsyncIteration:
             return _failed(EngineFailure("The replica ended its answer without a result.")), False
@@ -243,7 +246,7 @@ class RoutedStream:
             self._call.cancel()
             return _failed(DeadlineExceeded("The request's deadline passed before it was finished.")), True
         except ReplicaLost as error:
-            self._table.suspend(self.replica_id, _SUSPEND_S)
+            self._table.suspend(self.replica_id, self._settings.suspend_s)
             return _failed(error), False
         except BlazeError as error:
             return _failed(error), False

@@ -77,7 +77,7 @@ def test_the_openai_client_streams_what_it_gets_whole(client: openai.OpenAI) -> 
     assert text == whole.choices[0].message.content
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == [
-        "length"
+        "stop"
     ]
     assert len({chunk.id for chunk in chunks}) == 1
 

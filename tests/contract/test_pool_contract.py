@@ -1,12 +1,13 @@
 """What ``blaze/routing/pool.py`` promises to the dispatcher, checked on every pool.
 
-A pool joins by a harness in ``POOLS``; one over a real cluster carries the marker ``cluster``.
+A pool joins by a harness in ``POOLS``. The real one holds the alpha interface of Serve's request routers,
+which ``PinnedRouter`` builds on, to what Blaze expects of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from blaze.errors import ReplicaLost
 from blaze.routing.pool import ReplicaCall, ReplicaPool
 from blaze.routing.replicas import ReplicaInfo
 from blaze.types import Finished, ReplicaId, Request, Started
+from tests.cluster.ray_pool import MODEL, ray_pool
+from tests.cluster.served import Served, served, simulator
 from tests.fakes import FakePool
 from tests.samples import collect, terminals, text_request
 from tests.waiting import until
@@ -77,12 +80,19 @@ async def fake_pool() -> AsyncIterator[Harness]:
     yield harness
 
 
-POOLS = [pytest.param(fake_pool, id="fake")]
+@pytest.fixture(scope="module")
+def app() -> Iterator[Served]:
+    with served([simulator("sim", **MODEL)]) as running:
+        yield running
+
+
+POOLS = ["fake", pytest.param("ray", marks=pytest.mark.cluster)]
 
 
 @pytest.fixture(params=POOLS)
 async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
-    made: AbstractAsyncContextManager[Harness] = request.param()
+    made: AbstractAsyncContextManager[Harness]
+    made = fake_pool() if request.param == "fake" else ray_pool(request.getfixturevalue("app"))
     async with made as found:
         yield found
 
@@ -173,7 +183,7 @@ async def test_cancelling_stops_the_work(harness: Harness) -> None:
     for _ in range(1000):
         if await harness.working() == 0:
             return
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
     raise AssertionError("the replica is still at work")
 
 

@@ -226,7 +226,7 @@ async def test_an_error_after_the_first_event_of_a_whole_answer_is_a_plain_respo
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_case_27_overload_is_503_with_whole_seconds_to_wait(stream: bool) -> None:
-    settings = DispatchSettings(request_timeout_s=1e-6)
+    settings = DispatchSettings(request_timeout_s=1e-6, deadline_grace_s=0, recheck_s=0)
     async with ApiBench(FakePool(()), settings=settings) as api:
         response = await api.chat(stream=stream)
     assert response.status_code == 503
@@ -237,7 +237,7 @@ async def test_case_27_overload_is_503_with_whole_seconds_to_wait(stream: bool) 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_deadline_is_504(stream: bool) -> None:
-    settings = DispatchSettings(request_timeout_s=1e-6)
+    settings = DispatchSettings(request_timeout_s=1e-6, deadline_grace_s=0, recheck_s=0)
     async with ApiBench(FakePool(("a",), held=True), settings=settings) as api:
         response = await api.chat(stream=stream)
         assert response.status_code == 504
