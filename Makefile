@@ -25,14 +25,14 @@ test: install
 	$(BIN)/python -m pytest
 
 unit: install
-	$(BIN)/python -m pytest tests/unit tests/property tests/contract -m "not cluster"
+	$(BIN)/python -m pytest tests/unit tests/property tests/contract -m "not cluster and not models"
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/unit tests/property tests/contract -m "not cluster"
+	$(BIN)/python -m pytest -q tests/unit tests/property tests/contract -m "not cluster and not models"
 
 bench: install
 	$(BIN)/python -m benchmarks.data_plane

@@ -20,6 +20,7 @@ class ErrorInfo:
     http_status: int
     retryable: bool  # another replica may succeed where this one failed
     is_failure: bool  # counts against the replica; client errors and overload do not
+    replica_gone: bool = False  # the replica went away under the request, which can begin anew elsewhere
     retry_after_s: float | None = None
 
 
@@ -34,6 +35,7 @@ class BlazeError(Exception):
     code: str | None = "internal_error"
     retryable = False
     is_failure = True
+    replica_gone = False
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -51,6 +53,7 @@ class BlazeError(Exception):
             http_status=self.http_status,
             retryable=self.retryable,
             is_failure=self.is_failure,
+            replica_gone=self.replica_gone,
             retry_after_s=self.retry_after_s,
         )
 
@@ -167,6 +170,7 @@ class ReplicaLost(BlazeError):
     http_status = 502
     code = "replica_lost"
     retryable = True
+    replica_gone = True
 
 
 class ReplicaUnreachable(ReplicaLost):
@@ -182,6 +186,7 @@ class ReplicaStopping(BlazeError):
     type = "overloaded_error"
     code = "replica_stopping"
     retryable = True
+    replica_gone = True
     is_failure = False
 
 
@@ -222,3 +227,4 @@ class RemoteError(BlazeError):
         self.code = info.code
         self.retryable = info.retryable
         self.is_failure = info.is_failure
+        self.replica_gone = info.replica_gone

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import ClassVar
 
+from ray.exceptions import ActorDiedError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 import deployments.pinned_state as state
 from blaze.errors import BlazeError, Overloaded, ReplicaLost, ReplicaUnreachable
 from blaze.routing.replicas import ReplicaInfo
+
+_PROBES = 20
+_PROBE_PERIOD_S = 0.25
 
 
 class PinnedRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
@@ -19,6 +25,7 @@ class PinnedRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
     the same process reads it.
     """
 
+    _probes: ClassVar[set[asyncio.Task[None] | None]] = set()  # held, or the loop may drop them
     _by_pin: Mapping[str, RunningReplica] = MappingProxyType({})
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
@@ -35,7 +42,28 @@ class PinnedRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
         self._by_pin = {r.replica_id.unique_id: r for r in replicas}
         live = tuple(ReplicaInfo(r.replica_id.unique_id, node=r.node_id or "") for r in replicas)
         key = f"{self._deployment_id.app_name}#{self._deployment_id.name}"
+        state.live_sets.set_prober(key, self._probe_soon)
         state.live_sets.publish(key, live)
+
+    def _probe_soon(self, pin: str) -> None:
+        loop = self._event_loop
+        loop.call_soon_threadsafe(lambda: self._probes.add(loop.create_task(self._probe(pin))))
+
+    async def _probe(self, pin: str) -> None:
+        """Ask until Ray knows: a broken connection looks the same whether its replica is dead or not, and
+        Serve's own health check takes up to ten seconds to tell."""
+        for _ in range(_PROBES):
+            replica = self._by_pin.get(pin)
+            if replica is None:
+                break
+            try:
+                await replica.get_queue_len(deadline_s=_PROBE_PERIOD_S)
+                break
+            except ActorDiedError:
+                self.on_replica_actor_died(replica.replica_id)
+            except Exception:  # unavailable, or slow: not yet decided
+                await asyncio.sleep(_PROBE_PERIOD_S)
+        self._probes.discard(asyncio.current_task())
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from blaze.routing.replicas import ReplicaInfo
+from blaze.types import ReplicaId
 
 DeploymentKey: TypeAlias = str  # "app#deployment"
 Listener: TypeAlias = Callable[[tuple[ReplicaInfo, ...]], None]
+Prober: TypeAlias = Callable[[ReplicaId], None]
 
 PIN = "blaze_pin"  # keyword argument of an engine call: the unique id of the replica it must go to
 ANY = ""  # in its place: whichever replica there is, as soon as there is one
@@ -26,6 +28,7 @@ class LiveSets:
         self._lock = threading.Lock()
         self._live: dict[DeploymentKey, tuple[ReplicaInfo, ...]] = {}
         self._listeners: dict[DeploymentKey, list[Listener]] = {}
+        self._probers: dict[DeploymentKey, Prober] = {}
 
     def publish(self, key: DeploymentKey, live: tuple[ReplicaInfo, ...]) -> None:
         with self._lock:
@@ -42,6 +45,17 @@ class LiveSets:
         """``listener`` is called on the thread that publishes."""
         with self._lock:
             self._listeners.setdefault(key, []).append(listener)
+
+    def set_prober(self, key: DeploymentKey, prober: Prober) -> None:
+        with self._lock:
+            self._probers[key] = prober
+
+    def suspect(self, key: DeploymentKey, replica_id: ReplicaId) -> None:
+        """A call to it broke: whoever publishes should find out whether it is dead."""
+        with self._lock:
+            prober = self._probers.get(key)
+        if prober is not None:
+            prober(replica_id)
 
 
 live_sets = LiveSets()

@@ -59,14 +59,17 @@ class RayReplicaPool:
             logger.warning("waking %s: %s: %s", self._key, type(error).__name__, error)
 
     def call(self, replica_id: ReplicaId, request: Request) -> RayReplicaCall:
-        return RayReplicaCall(self._handle.remote(request, **{state.PIN: replica_id}))
+        responses = self._handle.remote(request, **{state.PIN: replica_id})
+        return RayReplicaCall(responses, lambda: state.live_sets.suspect(self._key, replica_id))
 
 
 class RayReplicaCall:
     """One streaming call; what Ray raises becomes Blaze's own errors here, and nowhere else."""
 
-    def __init__(self, responses: DeploymentResponseGenerator) -> None:
+    def __init__(self, responses: DeploymentResponseGenerator, on_break: Callable[[], None]) -> None:
+        """``on_break`` is called when the connection breaks, before the error is raised."""
         self._responses = responses
+        self._on_break = on_break
         self._cancelled = False
 
     def __aiter__(self) -> RayReplicaCall:
@@ -75,9 +78,13 @@ class RayReplicaCall:
     async def __anext__(self) -> Events:
         try:
             events: Events = await self._responses.__anext__()
+        except ReplicaUnreachable:
+            self._on_break()
+            raise
         except (StopAsyncIteration, BlazeError):
             raise
         except ActorUnavailableError as error:
+            self._on_break()
             raise ReplicaUnreachable("The connection to the replica broke.") from error
         except RayActorError as error:
             raise ReplicaLost(f"The replica was lost: {type(error).__name__}.") from error

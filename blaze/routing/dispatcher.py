@@ -43,7 +43,8 @@ from blaze.types import (
 
 @dataclass(frozen=True, slots=True)
 class DispatchSettings:
-    max_retries: int = 2
+    max_retries: int = 2  # further attempts after an error
+    max_lost: int = 8  # further attempts after a replica went away
     request_timeout_s: float = 600.0
     max_queued: int = 256
     max_in_flight: int = 64  # per replica, from this dispatcher
@@ -82,15 +83,17 @@ class Dispatcher:
     async def open(self, request: Request) -> RoutedStream:
         """Send the request to a replica and wait for the first events of its answer.
 
-        A replica that fails before its first event costs an attempt on another one, up to
-        ``max_retries``. An error that no attempt got past is the stream's only event, ``Failed``;
-        raises :class:`Overloaded` when no replica can take the request before its deadline.
+        A replica that fails before its first content costs an attempt on another one, up to
+        ``max_retries``, or ``max_lost`` where the replica went away. An error that no attempt got past is
+        the stream's only event, ``Failed``. Raises :class:`Overloaded` when no replica can take the request
+        before its deadline.
         The caller owns the stream and must close it (it is an async context manager).
         """
         timeout_s = self._settings.request_timeout_s if request.timeout_s is None else request.timeout_s
         deadline = self._clock.now() + timeout_s
         request = self._with_seed(request)
         tried: list[ReplicaId] = []
+        retries = lost = 0
         while True:
             lease = await self._acquire(request, tried, deadline)
             attempt = self._start(request, lease, deadline)
@@ -99,12 +102,13 @@ class Dispatcher:
             except BaseException:
                 await attempt.aclose()
                 raise
-            retry = (
-                attempt.error is not None
-                and attempt.error.retryable
-                and len(tried) < self._settings.max_retries
-            )
-            if not retry or self._clock.now() >= deadline:
+            error = attempt.error
+            if error is None or not error.retryable or self._clock.now() >= deadline:
+                return attempt
+            # A replica that goes away is not the request's fault: it does not use up its retries.
+            lost += error.replica_gone
+            retries += not error.replica_gone
+            if retries > self._settings.max_retries or lost > self._settings.max_lost:
                 return attempt
             await attempt.aclose()
             tried.append(lease.replica.id)

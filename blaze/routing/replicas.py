@@ -12,6 +12,8 @@ from blaze.clock import Clock
 from blaze.reports import ReplicaCounters
 from blaze.types import ReplicaId
 
+_LONGEST_SUSPENSION_S = 30.0
+
 
 class Outcome(StrEnum):
     """How an attempt ended, as far as its replica is concerned."""
@@ -33,7 +35,7 @@ class ReplicaInfo:
 class Replica:
     """Mutable counters of one replica; satisfies :class:`blaze.routing.strategies.ReplicaView`."""
 
-    __slots__ = ("failures", "id", "in_flight", "node", "requests", "suspended_until", "weight")
+    __slots__ = ("failures", "id", "in_flight", "lost_calls", "node", "requests", "suspended_until", "weight")
 
     def __init__(self, info: ReplicaInfo) -> None:
         self.id = info.id
@@ -42,6 +44,7 @@ class Replica:
         self.in_flight = 0
         self.requests = 0
         self.failures = 0
+        self.lost_calls = 0  # in a row
         self.suspended_until = -math.inf  # a call to it was lost: not picked before this time
 
 
@@ -65,6 +68,8 @@ class Lease:
         self.replica.in_flight -= 1
         if outcome is Outcome.FAILURE:
             self.replica.failures += 1
+        elif outcome is Outcome.SUCCESS:
+            self.replica.lost_calls = 0
         self._table.released()
         return True
 
@@ -96,11 +101,16 @@ class ReplicaTable:
         self._notify()
 
     def suspend(self, replica_id: ReplicaId, seconds: float) -> None:
-        """A call to it was lost. A dead replica leaves the live set within about a second; one that was
-        only out of reach for a moment is picked again when the time is up."""
+        """A call to it was lost: do not pick it for a while, for twice as long after each loss in a row.
+
+        A dead replica leaves the live set in the meantime; one that was only out of reach for a moment is
+        picked again.
+        """
         replica = self._by_id.get(replica_id)
         if replica is not None:
-            replica.suspended_until = self._clock.now() + seconds
+            pause = min(_LONGEST_SUSPENSION_S, seconds * 2**replica.lost_calls)
+            replica.lost_calls += 1
+            replica.suspended_until = self._clock.now() + pause
 
     def available(self, excluded: Collection[ReplicaId] = ()) -> Sequence[Replica]:
         """Replicas that are alive as far as is known, full or not, sorted by id."""

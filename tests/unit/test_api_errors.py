@@ -21,7 +21,7 @@ from tests.fakes import FakePool, Script
 
 POSTS = ["/v1/chat/completions", "/v1/completions", "/v1/images/generations"]
 GETS = ["/v1/models", "/health", "/ready", "/metrics", "/api/v1/blaze/status"]
-NO_RETRIES = DispatchSettings(max_retries=0)
+NO_RETRIES = DispatchSettings(max_retries=0, max_lost=0)
 BEGINNING = (Started((1,)), TextDelta(0, "be", (5,)))
 
 

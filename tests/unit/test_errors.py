@@ -39,6 +39,7 @@ def test_info_tells_everything_and_survives_the_way_to_another_process(kind: typ
         http_status=kind.http_status,
         retryable=kind.retryable,
         is_failure=kind.is_failure,
+        replica_gone=kind.replica_gone,
         retry_after_s=2.5,
     )
     assert RemoteError(info).info == info

@@ -1,0 +1,77 @@
+"""A replica that goes away is not the request's fault."""
+
+from __future__ import annotations
+
+import asyncio
+
+from blaze.errors import EngineFailure, ReplicaLost, ReplicaStopping, ReplicaUnreachable
+from blaze.types import Failed, Finished, Progress, Started
+from tests.fakes import FakePool
+from tests.routing_bench import RoutingBench
+from tests.samples import text_request
+from tests.waiting import until
+
+
+async def test_lost_replicas_do_not_use_up_the_retries() -> None:
+    lost = [[ReplicaLost("died")], [ReplicaUnreachable("cut off")], [(Failed(ReplicaStopping("bye").info),)]]
+    bench = RoutingBench(
+        FakePool(("a", "b", "c", "d"), next_scripts=[list(script) for script in lost]), max_retries=0
+    )
+    events = await bench.ask(text_request())
+    assert isinstance(events[-1], Finished)
+    assert len(set(bench.called)) == 4
+
+
+async def test_errors_still_do() -> None:
+    failing = [[EngineFailure("broken")], [EngineFailure("broken")]]
+    bench = RoutingBench(
+        FakePool(("a", "b", "c"), next_scripts=[list(script) for script in failing]), max_retries=1
+    )
+    events = await bench.ask(text_request())
+    assert isinstance(events[-1], Failed) and events[-1].error.code == "engine_error"
+    assert len(bench.called) == 2
+
+
+async def test_replicas_cannot_be_lost_for_ever() -> None:
+    names = tuple("abcdef")
+    bench = RoutingBench(FakePool(names, next_scripts=[[ReplicaLost("died")] for _ in names]), max_lost=3)
+    events = await bench.ask(text_request())
+    assert isinstance(events[-1], Failed) and events[-1].error.code == "replica_lost"
+    assert len(bench.called) == 4
+
+
+async def test_what_came_before_the_first_content_is_forgotten_with_its_replica() -> None:
+    begun = [(Started((1,)), Progress(1, 4)), ReplicaLost("died in the middle")]
+    bench = RoutingBench(FakePool(("a", "b"), next_scripts=[list(begun)]))
+    events = await bench.ask(text_request())
+    assert isinstance(events[-1], Finished)
+    assert sum(isinstance(event, Started) for event in events) == 1
+    assert not any(isinstance(event, Progress) for event in events)
+
+
+async def test_the_only_replica_is_waited_for_and_asked_again_after_its_suspension() -> None:
+    bench = RoutingBench(FakePool(("a",), next_scripts=[[ReplicaUnreachable("cut off")]]), suspend_s=2.0)
+    asking = asyncio.create_task(bench.ask(text_request()))
+    await until(lambda: bench.dispatcher.counters()[0].waiting == 1)
+    bench.clock.advance(1.9)
+    await asyncio.sleep(0)
+    assert bench.called == ["a"]
+    bench.clock.advance(0.2)
+    assert isinstance((await asking)[-1], Finished)
+    assert bench.called == ["a", "a"]
+
+
+async def test_a_suspension_doubles_with_every_loss_in_a_row_and_a_success_forgets_them() -> None:
+    pool = FakePool(("a",), next_scripts=[[ReplicaUnreachable("cut off")] for _ in range(2)])
+    bench = RoutingBench(pool, suspend_s=2.0)
+    asking = asyncio.create_task(bench.ask(text_request()))
+    for pause in (2.0, 4.0):
+        await until(lambda: bench.dispatcher.counters()[0].waiting == 1)
+        calls = len(bench.called)
+        bench.clock.advance(pause - 0.1)
+        await asyncio.sleep(0)
+        assert len(bench.called) == calls, "asked before its time"
+        bench.clock.advance(0.1)
+        await until(lambda seen=calls: len(bench.called) > seen)
+    assert isinstance((await asking)[-1], Finished)
+    assert bench.dispatcher.available_replicas == 1
