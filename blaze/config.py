@@ -49,7 +49,7 @@ class Settings(BaseModel):
 class RouterConfig(Settings):
     strategy: StrategyName = "least_connections"
     replicas: PositiveInt = 1
-    max_retries: Annotated[int, Field(ge=0)] = 2  # attempts on other replicas, before the first event
+    max_retries: Annotated[int, Field(ge=0)] = 2  # further attempts, before the first token or image
     request_timeout_s: PositiveFloat = 600.0  # deadline of a request without its own
     max_queued: Annotated[int, Field(ge=0)] = 256  # waiting requests per model and Router
     max_body_bytes: PositiveInt = 16 * 1024 * 1024

@@ -83,18 +83,21 @@ class LocalCluster:
         # Unless RAY_AUTH_MODE says otherwise, a new local Ray asks for the user's token on all its ports,
         # which it makes when there is none. It also guards the calls between replicas, for which Serve
         # listens on every interface.
-        context = ray.init(
-            address="local",
-            num_cpus=self._num_cpus,
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=dashboard_port,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="error",
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(self._folder / "ray"),
-        )
+        try:
+            context = ray.init(
+                address="local",
+                num_cpus=self._num_cpus,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=dashboard_port,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="error",
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(self._folder / "ray"),
+            )
+        except (RuntimeError, OSError, ValueError) as error:
+            raise EnvironmentProblem(f"Ray did not start: {' '.join(str(error).split())[:500]}") from error
         self.address = context.address_info["gcs_address"]
         self.dashboard = f"http://127.0.0.1:{dashboard_port}"
 

@@ -81,7 +81,7 @@ class Dispatcher:
         self._table.sync(pool.live())
 
     async def open(self, request: Request) -> RoutedStream:
-        """Send the request to a replica and wait for the first events of its answer.
+        """Send the request to a replica and wait for the first content of its answer.
 
         A replica that fails before its first content costs an attempt on another one, up to
         ``max_retries``, or ``max_lost`` where the replica went away. An error that no attempt got past is

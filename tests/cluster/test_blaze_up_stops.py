@@ -86,6 +86,22 @@ def _interrupt_and_expect_nothing_left(run: BlazeUp, folder: Path) -> None:
     assert list((folder / "state").glob("**/*.json")) == []
 
 
+def test_it_listens_on_this_machine_only(tmp_path: Path, config: Path) -> None:
+    with blaze_up(tmp_path, str(config)) as run:
+        run.wait_for("Blaze is ready")
+        listening = [
+            (name, connection.laddr.ip)
+            for process in run.descendants()
+            for name in [" ".join(process.cmdline())]
+            for connection in process.net_connections(kind="inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert len(listening) > 5
+        # Serve's own servers for calls between replicas know no address; they ask for the cluster's token.
+        open_to_all = {name for name, address in listening if address not in ("127.0.0.1", "::1")}
+        assert all("ServeReplica" in name for name in open_to_all), open_to_all
+
+
 def test_a_port_in_use_is_one_line_and_exit_code_2(tmp_path: Path, config: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
