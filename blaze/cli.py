@@ -41,7 +41,7 @@ def one_line_errors() -> Iterator[None]:
     except BlazeError as error:
         stderr.print(f"blaze: {error.message}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL, json.JSONDecodeError) as error:
         stderr.print(
             f"blaze: no answer from the server: {error}", highlight=False, markup=False, soft_wrap=True
         )
@@ -73,7 +73,7 @@ def down() -> None:
             _end(record.pid)
         sweep(record.cluster_id)
         remove_record(record.cluster_id)
-        console.print(f"stopped {record.url}")
+        console.print(f"stopped {record.url or 'a cluster that was starting'}")
     if not records:
         console.print("nothing runs")
 
@@ -84,7 +84,9 @@ def _end(pid: int, *, within_s: float = 60.0) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         process.terminate()
-        while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < give_up:
+        while process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > give_up:
+                process.kill()
             time.sleep(0.05)
 
 
@@ -180,6 +182,8 @@ def image(
         suffix = output.suffix.lstrip(".").lower().replace("jpg", "jpeg")
         if suffix not in ("png", "jpeg", "webp"):
             raise EnvironmentProblem(f"{output}: the name must end in .png, .jpeg or .webp")
+        if not output.parent.is_dir():
+            raise EnvironmentProblem(f"{output}: there is no folder {output.parent}")
         base = base_url(url)
         request = {
             "model": model or first_model(base, ("diffusion",)),
@@ -189,7 +193,7 @@ def image(
             "num_inference_steps": steps,
             "output_format": suffix,
         }
-        body = _check(httpx.post(f"{base}/v1/images/generations", json=request, timeout=600.0)).json()
+        body = _post_json(f"{base}/v1/images/generations", request)
         output.write_bytes(base64.b64decode(body["data"][0]["b64_json"]))
         console.print(f"{output}  {body['size']}, seed {body['data'][0]['seed']}")
 
@@ -229,7 +233,7 @@ def first_model(base: str, engines: tuple[str, ...]) -> str:
 
 def stream_text(url: str, request: dict[str, Any]) -> Iterator[str]:
     """The text of a streamed chat answer. Raises :class:`EnvironmentProblem` with the server's own words."""
-    with httpx.stream("POST", url, json=request, timeout=600.0) as response:
+    with httpx.stream("POST", url, json=request, timeout=600.0, trust_env=_by_proxy(url)) as response:
         if response.status_code != 200:
             response.read()
             _check(response)
@@ -245,8 +249,19 @@ def stream_text(url: str, request: dict[str, Any]) -> Iterator[str]:
 
 
 def _get_json(url: str) -> dict[str, Any]:
-    body: dict[str, Any] = _check(httpx.get(url, timeout=30.0)).json()
+    body: dict[str, Any] = _check(httpx.get(url, timeout=30.0, trust_env=_by_proxy(url))).json()
     return body
+
+
+def _post_json(url: str, request: dict[str, Any]) -> dict[str, Any]:
+    response = httpx.post(url, json=request, timeout=600.0, trust_env=_by_proxy(url))
+    body: dict[str, Any] = _check(response).json()
+    return body
+
+
+def _by_proxy(url: str) -> bool:
+    """A proxy of the environment's knows nothing of this machine's own addresses."""
+    return httpx.URL(url).host not in ("127.0.0.1", "localhost", "::1")
 
 
 def _check(response: httpx.Response) -> httpx.Response:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from blaze.config import APP_NAME
-from blaze.errors import EnvironmentProblem, RemoteError, ReplicaLost, UnsupportedOperation
+from blaze.errors import EnvironmentProblem, InvalidRequest, RemoteError, ReplicaLost, UnsupportedOperation
 from blaze.records import newest_running
 from blaze.types import (
     ChatMessage,
@@ -35,6 +35,8 @@ from blaze.types import (
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
+
+_STATUS_TIMEOUT_S = 30.0
 
 PromptLike: TypeAlias = str | Sequence[Mapping[str, str]] | Sequence[int]
 
@@ -109,16 +111,18 @@ class Client:
 
     def status(self) -> dict[str, Any]:
         from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
 
         try:
-            result: dict[str, Any] = self._status.remote().result()
-        except RayError as error:
+            result: dict[str, Any] = self._status.remote().result(timeout_s=_STATUS_TIMEOUT_S)
+        except (RayError, RayServeException, TimeoutError) as error:
             raise ReplicaLost(f"The Router did not answer: {type(error).__name__}") from error
         return result
 
     def events(self, request: Request) -> Generator[Event]:
         """The request's events one by one; raises where the terminal event is ``Failed``."""
         from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
 
         responses = self._stream.remote(request)
         done = False
@@ -130,7 +134,7 @@ class Client:
                         raise RemoteError(event.error)
                     done = isinstance(event, Finished)
                     yield event
-        except RayError as error:
+        except (RayError, RayServeException) as error:
             raise ReplicaLost(f"The Router was lost: {type(error).__name__}") from error
         finally:
             if not done:
@@ -145,14 +149,17 @@ def _generate_request(
 
 
 def _prompt(prompt: PromptLike) -> Prompt:
+    """Raises :class:`InvalidRequest` for what is neither text, nor token ids, nor messages."""
     if isinstance(prompt, str):
         return ChatPrompt((ChatMessage("user", prompt),))
-    if prompt and isinstance(prompt[0], int):
+    if prompt and all(isinstance(token, int) for token in prompt):
         return TokenPrompt(tuple(token for token in prompt if isinstance(token, int)))
-    return ChatPrompt(tuple(_message(message) for message in prompt if isinstance(message, Mapping)))
+    return ChatPrompt(tuple(_message(message) for message in prompt))
 
 
-def _message(message: Mapping[str, Any]) -> ChatMessage:
+def _message(message: Mapping[str, Any] | int) -> ChatMessage:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise InvalidRequest("a message is a mapping with role and content", param="messages")
     return ChatMessage(role=message["role"], content=message["content"], name=message.get("name"))
 
 

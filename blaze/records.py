@@ -20,7 +20,7 @@ class ClusterRecord:
     started: float  # when that process started: a number alone may belong to another by now
     address: str  # of Ray
     dashboard: str  # where `serve deploy` goes
-    url: str  # where requests go
+    url: str  # where requests go; empty while the cluster is starting
 
 
 def write_record(record: ClusterRecord) -> Path:
@@ -44,7 +44,8 @@ def read_records() -> list[ClusterRecord]:
 
 
 def newest_running() -> ClusterRecord | None:
-    return next((record for record in read_records() if is_running(record)), None)
+    """The newest cluster that has got as far as having an address."""
+    return next((record for record in read_records() if record.url and is_running(record)), None)
 
 
 def is_running(record: ClusterRecord) -> bool:

@@ -79,15 +79,15 @@ class SamplingParams:
             "max_tokens",
             "must be an integer, at least 1",
         )
-        _check(0 <= self.temperature <= 2, "temperature", "must be between 0 and 2")
-        _check(0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
-        _check(self.top_k >= 0, "top_k", "must be at least 0")
-        _check(_is_count(self.n), "n", "must be an integer, at least 1")
         _check(
-            isinstance(self.stop, tuple) and "" not in self.stop,
-            "stop",
-            "must be a tuple of non-empty strings",
+            _is_number(self.temperature) and 0 <= self.temperature <= 2,
+            "temperature",
+            "must be between 0 and 2",
         )
+        _check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
+        _check(type(self.top_k) is int and self.top_k >= 0, "top_k", "must be an integer, at least 0")
+        _check(_is_count(self.n), "n", "must be an integer, at least 1")
+        _check(_are_texts(self.stop), "stop", "must be a tuple of non-empty strings")
         _check_seed(self.seed)
 
 
@@ -129,7 +129,8 @@ class ImageRequest:
             value = getattr(self, name)
             _check(value is None or _is_count(value), name, "must be an integer, at least 1")
         _check(
-            self.guidance_scale is None or 0 <= self.guidance_scale <= 1000,
+            self.guidance_scale is None
+            or (_is_number(self.guidance_scale) and 0 <= self.guidance_scale <= 1000),
             "guidance_scale",
             "must be 0 to 1000",
         )
@@ -149,8 +150,17 @@ def _is_count(value: int) -> bool:
     return type(value) is int and value >= 1
 
 
+def _is_number(value: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_texts(values: tuple[str, ...]) -> bool:
+    return isinstance(values, tuple) and all(isinstance(value, str) and value for value in values)
+
+
 def _check_seed(seed: int | None) -> None:
-    _check(seed is None or -SEED_BOUND <= seed < SEED_BOUND, "seed", "must be a 64-bit signed integer")
+    fits = seed is None or (type(seed) is int and -SEED_BOUND <= seed < SEED_BOUND)
+    _check(fits, "seed", "must be a 64-bit signed integer")
 
 
 # --- Events ----------------------------------------------------------------------------------------

@@ -103,9 +103,14 @@ class LocalCluster:
 
     def _set_environment(self) -> None:
         """Ray's processes inherit it; it is put back when the cluster stops."""
+        # Ray opens its own folders to every user of the machine; this one around them is ours alone.
+        self._folder.mkdir(mode=0o700)
+        no_proxy = ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1,localhost")))
         variables = {
             MARKER: self.cluster_id,
             "RAY_USAGE_STATS_ENABLED": "0",
+            "NO_PROXY": no_proxy,  # Ray's clients would ask a company's proxy for 127.0.0.1
+            "no_proxy": no_proxy,
             # Ray turns 127.0.0.1 into the machine's outer address, unless it is told that this machine
             # takes part in no cluster of several (the flag is named after the systems it was made for).
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -123,14 +128,21 @@ class LocalCluster:
             os.environ[name] = value
 
     def deploy(self, serve_config: Mapping[str, Any]) -> None:
-        """What `serve deploy` does. Raises :class:`ConfigError` when Serve refuses the file."""
+        """What `serve deploy` does. Raises :class:`ConfigError` when Serve refuses the file, and
+        :class:`EnvironmentProblem` when it does not answer."""
         try:
             self._submission().deploy_applications(dict(serve_config))
+        except OSError as error:
+            raise EnvironmentProblem(f"Ray's dashboard does not answer: {error}") from error
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"Serve refuses the config: {error}") from None
 
     def progress(self, app_name: str = APP_NAME) -> ApplicationProgress:
-        details = self._submission().get_serve_details()
+        """Raises :class:`EnvironmentProblem` when Ray does not answer; it may the next time."""
+        try:
+            details = self._submission().get_serve_details()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise EnvironmentProblem(f"Ray's dashboard does not answer: {error}") from error
         application = details.get("applications", {}).get(app_name)
         if application is None:
             return ApplicationProgress("NOT_STARTED", "", ())
@@ -149,6 +161,15 @@ class LocalCluster:
         from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
         return ServeSubmissionClient(self.dashboard)
+
+    def is_alive(self) -> bool:
+        """Ray's control store takes connections."""
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=5.0).close()
+        except OSError:
+            return False
+        return True
 
     def stop(self) -> None:
         """End every process of the cluster. Safe at any time, more than once."""

@@ -25,7 +25,7 @@ class PinnedRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
     the same process reads it.
     """
 
-    _probes: ClassVar[set[asyncio.Task[None] | None]] = set()  # held, or the loop may drop them
+    _probes: ClassVar[dict[str, asyncio.Task[None]]] = {}  # by pin; ids are unique in the cluster
     _by_pin: Mapping[str, RunningReplica] = MappingProxyType({})
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
@@ -46,8 +46,11 @@ class PinnedRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
         state.live_sets.publish(key, live)
 
     def _probe_soon(self, pin: str) -> None:
-        loop = self._event_loop
-        loop.call_soon_threadsafe(lambda: self._probes.add(loop.create_task(self._probe(pin))))
+        self._event_loop.call_soon_threadsafe(self._start_probe, pin)
+
+    def _start_probe(self, pin: str) -> None:
+        if pin not in self._probes:  # many calls break at once when a replica dies
+            self._probes[pin] = self._event_loop.create_task(self._probe(pin))
 
     async def _probe(self, pin: str) -> None:
         """Ask until Ray knows: a broken connection looks the same whether its replica is dead or not, and
@@ -63,7 +66,7 @@ class PinnedRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
                 self.on_replica_actor_died(replica.replica_id)
             except Exception:  # unavailable, or slow: not yet decided
                 await asyncio.sleep(_PROBE_PERIOD_S)
-        self._probes.discard(asyncio.current_task())
+        self._probes.pop(pin, None)
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False

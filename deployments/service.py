@@ -46,7 +46,8 @@ class ClusterService:
 
     def _dispatcher(self, model: ModelConfig, handle: DeploymentHandle) -> Dispatcher:
         router = self._config.router
-        rng = random.Random(router.seed)
+        # Each Router has draws of its own: with one seed for all they would march in step.
+        rng = random.Random(None if router.seed is None else f"{router.seed}/{self._router_id}")
         return Dispatcher(
             model.name,
             RayReplicaPool(handle, weight=model.weight),
@@ -111,11 +112,15 @@ class ClusterService:
     async def _report_forever(self) -> None:
         """A report every probe period; one that cannot be delivered must not stop the next."""
         period_s = self._config.health.probe_period_s
+        failing = False
         while True:
             await asyncio.sleep(period_s)
             try:
                 await asyncio.wait_for(self._health.report.remote(self._report()), timeout=10 * period_s)
+                failing = False
             except asyncio.CancelledError:
                 raise
             except Exception as error:
-                logger.warning("a report was not delivered: %s: %s", type(error).__name__, error)
+                if not failing:
+                    logger.warning("reports are not delivered: %s: %s", type(error).__name__, error)
+                failing = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -31,9 +32,11 @@ from blaze.models.cache import is_converted, local_model
 from blaze.models.memory import replica_bytes
 from blaze.models.sources import check_sources, parse_source
 from blaze.records import ClusterRecord, remove_record, write_record
+from blaze.types import EngineKind
 from deployments.local import ApplicationProgress, LocalCluster
 
 _POLL_S = 0.25
+_PATIENCE = 10  # seconds without an answer from Ray
 
 
 class Stopped(BaseException):
@@ -53,15 +56,36 @@ def up(path: Path, port: int | None, console: Console) -> None:
     check_port(host, port)
     check_resources(config)
     check_memory(config)
+    cluster = LocalCluster()
+    url = f"http://{host}:{port}{(application.get('route_prefix') or '/').rstrip('/')}"
     with stopping_on_signals(), ExitStack() as undo:
-        prepare_models(config, console)
-        cluster = LocalCluster()
         undo.callback(_stop_cluster, cluster, console)  # before the start: it may be cut off anywhere
+        _record(cluster, url="")  # so that `blaze down` finds what is only beginning
+        prepare_models(config, console)
         with console.status("Starting Ray"):
             cluster.start()
         stop_on_signals()  # again: Ray has put its own handlers in their place
-        url = f"http://{host}:{port}{(application.get('route_prefix') or '/').rstrip('/')}"
-        _serve(cluster, serve_config, application.get("name", APP_NAME), url, console)
+        _record(cluster, url=url)
+        cluster.deploy(serve_config)
+        wait_until_ready(cluster, application.get("name", APP_NAME), url, console)
+        announce(config, url, cluster, console)
+        _watch(cluster)
+
+
+def _record(cluster: LocalCluster, *, url: str) -> None:
+    me = psutil.Process()
+    write_record(
+        ClusterRecord(cluster.cluster_id, me.pid, me.create_time(), cluster.address, cluster.dashboard, url)
+    )
+
+
+def _watch(cluster: LocalCluster) -> None:
+    """Until a signal. Raises :class:`EnvironmentProblem` when the cluster dies by itself."""
+    silent = 0
+    while silent < _PATIENCE:
+        time.sleep(1.0)
+        silent = 0 if cluster.is_alive() else silent + 1
+    raise EnvironmentProblem("Ray has died; its processes are being stopped")
 
 
 def _stop_cluster(cluster: LocalCluster, console: Console) -> None:
@@ -69,20 +93,6 @@ def _stop_cluster(cluster: LocalCluster, console: Console) -> None:
     with console.status("Stopping"):
         cluster.stop()
     remove_record(cluster.cluster_id)
-
-
-def _serve(
-    cluster: LocalCluster, serve_config: dict[str, Any], app_name: str, url: str, console: Console
-) -> None:
-    me = psutil.Process()
-    write_record(
-        ClusterRecord(cluster.cluster_id, me.pid, me.create_time(), cluster.address, cluster.dashboard, url)
-    )
-    cluster.deploy(serve_config)
-    wait_until_ready(cluster, app_name, url, console)
-    announce(serve_config, url, cluster, console)
-    while True:
-        signal.pause()
 
 
 def _listen(serve_config: dict[str, Any], port: int | None) -> tuple[str, int]:
@@ -160,11 +170,17 @@ def prepare_models(config: BlazeConfig, console: Console) -> None:
 
 
 def wait_until_ready(cluster: LocalCluster, app_name: str, url: str, console: Console) -> None:
-    """Shows what is loading. Raises :class:`EnvironmentProblem` when Serve gives up."""
-    started = time.monotonic()
+    """Shows what is loading. Raises :class:`EnvironmentProblem` when Serve gives up, or Ray falls silent."""
+    started = heard = time.monotonic()
     with console.status("Deploying") as status:
         while True:
-            progress = cluster.progress(app_name)
+            try:
+                progress = cluster.progress(app_name)
+                heard = time.monotonic()
+            except EnvironmentProblem:  # two busy cores may leave it without an answer now and then
+                if time.monotonic() - heard > _PATIENCE:
+                    raise
+                continue
             if progress.status == "DEPLOY_FAILED":
                 raise EnvironmentProblem(f"the deployment failed: {_reason(progress)}")
             if progress.status == "RUNNING" and _answers(f"{url}/ready"):
@@ -182,25 +198,30 @@ def _reason(progress: ApplicationProgress) -> str:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=2.0).status_code == 200
+        return httpx.get(url, timeout=2.0, trust_env=False).status_code == 200  # no proxy on the way
     except httpx.HTTPError:
         return False
 
 
-def announce(serve_config: dict[str, Any], url: str, cluster: LocalCluster, console: Console) -> None:
-    config = parse_args(blaze_application(serve_config)["args"])
+def announce(config: BlazeConfig, url: str, cluster: LocalCluster, console: Console) -> None:
     names = ", ".join(model.name for model in config.models)
     console.print(f"[bold green]Blaze is ready[/]  {url}  ({names})")
-    console.print(
-        f"curl {url}/v1/chat/completions -H 'content-type: application/json' "
-        f'-d \'{{"model": "{config.models[0].name}", '
-        '"messages": [{"role": "user", "content": "What is the capital of France?"}]}\'',
-        soft_wrap=True,
-        highlight=False,
-    )
+    console.print(_example(config, url), soft_wrap=True, highlight=False, markup=False)
     console.print(
         f"Changes: RAY_AUTH_MODE=token serve deploy FILE -a {cluster.dashboard}. End: Ctrl-C or `blaze down`."
     )
+
+
+def _example(config: BlazeConfig, url: str) -> str:
+    """A curl line that the first model answers."""
+    model = config.models[0]
+    body: dict[str, Any]
+    if model.engine is EngineKind.DIFFUSION:
+        path, body = "/v1/images/generations", {"model": model.name, "prompt": "a red seven on white"}
+    else:
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        path, body = "/v1/chat/completions", {"model": model.name, "messages": question}
+    return f"curl {url}{path} -H 'content-type: application/json' -d '{json.dumps(body)}'"
 
 
 # --- Signals ---------------------------------------------------------------------------------------

@@ -70,8 +70,6 @@ class _Endpoint:
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # a WebSocket, to which nobody answers here
-            raise RuntimeError(f"unexpected {scope['type']} connection")
         http = HTTPRequest(scope, receive)
         try:
             response = await self._respond(http)
@@ -102,6 +100,9 @@ class _Headers:
         self._echo_request_id = echo_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # nobody answers one here
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -18,6 +18,7 @@ Attempt: TypeAlias = Callable[[], Lease | None]
 @dataclass(frozen=True, slots=True)
 class _Ticket:
     attempt: Attempt
+    selective: bool
     granted: asyncio.Future[Lease]
 
 
@@ -36,8 +37,10 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def wait(self, attempt: Attempt, timeout_s: float) -> Lease:
+    async def wait(self, attempt: Attempt, timeout_s: float, *, selective: bool = False) -> Lease:
         """The first lease that ``attempt`` gets once it is this caller's turn.
+
+        ``selective``: it refuses some replicas that others would take, so others may pass it by.
 
         Raises :class:`Overloaded` at once when the queue is full, and when ``timeout_s`` has passed.
         """
@@ -45,8 +48,9 @@ class WaitingRoom:
             raise Overloaded(
                 "All replicas are busy and the waiting queue is full.", retry_after_s=self._hint()
             )
-        ticket = _Ticket(attempt, asyncio.get_running_loop().create_future())
+        ticket = _Ticket(attempt, selective, asyncio.get_running_loop().create_future())
         self._waiting.append(ticket)
+        self.pump()
         try:
             async with asyncio.timeout(timeout_s):
                 return await ticket.granted
@@ -66,14 +70,19 @@ class WaitingRoom:
 
     def pump(self) -> None:
         """Capacity may have come free: lease it out in order of arrival."""
+        passed_by: list[_Ticket] = []
         while self._waiting:
-            ticket = self._waiting[0]
-            if not ticket.granted.done():
-                lease = ticket.attempt()
-                if lease is None:
-                    return
+            ticket = self._waiting.popleft()
+            if ticket.granted.done():
+                continue
+            lease = ticket.attempt()
+            if lease is not None:
                 ticket.granted.set_result(lease)
-            self._waiting.popleft()
+                continue
+            passed_by.append(ticket)
+            if not ticket.selective:
+                break  # what it does not get, nobody behind it gets
+        self._waiting.extendleft(reversed(passed_by))
 
     def _hint(self) -> float:
         return float(ceil(self._retry_after_s))

@@ -19,7 +19,6 @@ from blaze.errors import (
     DeadlineExceeded,
     EngineFailure,
     ErrorInfo,
-    ReplicaLost,
 )
 from blaze.reports import ModelCounters, ReplicaCounters
 from blaze.routing.accounting import ModelAccount
@@ -146,7 +145,8 @@ class Dispatcher:
             if lease is not None:
                 return lease
         self._recheck_soon()
-        return await self._room.wait(attempt, max(0.0, deadline - self._clock.now()))
+        remaining = max(0.0, deadline - self._clock.now())
+        return await self._room.wait(attempt, remaining, selective=bool(tried))
 
     def _recheck_soon(self) -> None:
         """While requests wait: suspensions end by time alone, and an empty pool has to be woken."""
@@ -231,6 +231,8 @@ class RoutedStream:
             self._end(Outcome.SUCCESS)
             self._account.finished(last.usage)
         elif isinstance(last, Failed):
+            if last.error.replica_gone:
+                self._table.suspend(self.replica_id, self._settings.suspend_s)
             self._end(Outcome.FAILURE if last.error.is_failure or silent else Outcome.NEUTRAL)
         return events
 
@@ -249,9 +251,6 @@ class RoutedStream:
         except TimeoutError:
             self._call.cancel()
             return _failed(DeadlineExceeded("The request's deadline passed before it was finished.")), True
-        except ReplicaLost as error:
-            self._table.suspend(self.replica_id, self._settings.suspend_s)
-            return _failed(error), False
         except BlazeError as error:
             return _failed(error), False
 

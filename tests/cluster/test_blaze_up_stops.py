@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import grpc
 import psutil
 import pytest
 import yaml
@@ -89,17 +93,45 @@ def _interrupt_and_expect_nothing_left(run: BlazeUp, folder: Path) -> None:
 def test_it_listens_on_this_machine_only(tmp_path: Path, config: Path) -> None:
     with blaze_up(tmp_path, str(config)) as run:
         run.wait_for("Blaze is ready")
-        listening = [
-            (name, connection.laddr.ip)
+        listening = {
+            (connection.laddr.ip, connection.laddr.port)
             for process in run.descendants()
-            for name in [" ".join(process.cmdline())]
             for connection in process.net_connections(kind="inet")
             if connection.status == psutil.CONN_LISTEN
-        ]
+        }
         assert len(listening) > 5
-        # Serve's own servers for calls between replicas know no address; they ask for the cluster's token.
-        open_to_all = {name for name, address in listening if address not in ("127.0.0.1", "::1")}
-        assert all("ServeReplica" in name for name in open_to_all), open_to_all
+        # Serve's own servers for calls between replicas know no address: they ask for the cluster's token.
+        open_to_all = [port for address, port in listening if address not in ("127.0.0.1", "::1")]
+        assert [_answer_without_token(port) for port in open_to_all] == [
+            grpc.StatusCode.UNAUTHENTICATED for _ in open_to_all
+        ]
+        folders = list(Path(tempfile.gettempdir()).glob(f"blaze-{_record(tmp_path)['cluster_id'][:8]}"))
+        assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700]
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    (file,) = (folder / "state").glob("**/*.json")
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return record
+
+
+def _answer_without_token(port: int) -> grpc.StatusCode:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+        try:
+            call(b"", timeout=10)
+        except grpc.RpcError as error:
+            code: grpc.StatusCode = error.code()
+            return code
+    raise AssertionError(f"port {port} answered a stranger")
+
+
+def test_down_stops_a_cluster_that_is_only_starting(tmp_path: Path, config: Path) -> None:
+    with blaze_up(tmp_path, str(config)) as run:
+        eventually(lambda: _ray_is_starting(run), within_s=90, every_s=0.02)
+        assert "starting" in run.run("down").stdout
+        assert run.process.wait(timeout=60) == 0
+        assert run.descendants() == []
 
 
 def test_a_port_in_use_is_one_line_and_exit_code_2(tmp_path: Path, config: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 from blaze.errors import EngineFailure, ReplicaLost, ReplicaStopping, ReplicaUnreachable
-from blaze.types import Failed, Finished, Progress, Started
-from tests.fakes import FakePool
+from blaze.types import Event, Failed, Finished, Progress, Started
+from tests.fakes import FakeCall, FakePool
 from tests.routing_bench import RoutingBench
 from tests.samples import text_request
 from tests.waiting import until
@@ -75,3 +76,52 @@ async def test_a_suspension_doubles_with_every_loss_in_a_row_and_a_success_forge
         await until(lambda seen=calls: len(bench.called) > seen)
     assert isinstance((await asking)[-1], Finished)
     assert bench.dispatcher.available_replicas == 1
+
+
+async def test_a_stopping_replica_is_waited_for_not_asked_again_at_once() -> None:
+    bench = RoutingBench(
+        FakePool(("a",), next_scripts=[[(Failed(ReplicaStopping("bye").info),)]]), suspend_s=2.0
+    )
+    asking = asyncio.create_task(bench.ask(text_request()))
+    await until(lambda: bench.dispatcher.counters()[0].waiting == 1)
+    assert bench.called == ["a"]
+    bench.pool.set_live("b")
+    assert isinstance((await asking)[-1], Finished)
+    assert bench.called == ["a", "b"]
+
+
+async def test_a_retry_that_waits_for_another_replica_does_not_hold_up_the_others() -> None:
+    pool = FakePool(("a", "b"))
+    bench = RoutingBench(pool, max_in_flight=1)
+    pool.held = True
+    on_a = await _holding(bench)
+    on_b = await _holding(bench)
+    pool.held = False
+    (busy,) = {"a", "b"} - {on_a.replica}
+    pool.next_scripts = [[EngineFailure("broken")]]
+    retrying = asyncio.create_task(bench.ask(text_request("retried")))
+    await until(lambda: bench.dispatcher.counters()[0].waiting == 1)
+    on_a.call.release()  # its replica fails the retried request, which then waits for the busy one
+    await on_a.task
+    await until(lambda: bench.dispatcher.counters()[0].waiting == 1 and len(bench.called) == 3)
+    assert isinstance((await bench.ask(text_request("passes by")))[-1], Finished)
+    assert not retrying.done()
+    on_b.call.release()
+    assert isinstance((await retrying)[-1], Finished)
+    assert bench.called[-1] == busy
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A request in the middle of its answer on a replica."""
+
+    replica: str
+    call: FakeCall
+    task: asyncio.Task[list[Event]]
+
+
+async def _holding(bench: RoutingBench) -> Holding:
+    calls = len(bench.called)
+    task = asyncio.create_task(bench.ask(text_request("held")))
+    await until(lambda: len(bench.called) > calls)
+    return Holding(bench.called[-1], bench.pool.open_calls[-1], task)

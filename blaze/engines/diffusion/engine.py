@@ -125,11 +125,14 @@ class DiffusionEngine:
 
     def _serve(self) -> None:
         assert self._loaded is not None
-        while (job := self._waiting.get()) is not None:
-            self._run(self._loaded, job)  # which ends at once when the engine is stopping
-        while not self._waiting.empty():
-            if (left := self._waiting.get()) is not None:
-                left.channel.put(Failed(ReplicaStopping("The replica is shutting down.").info))
+        try:
+            while (job := self._waiting.get()) is not None:
+                self._run(self._loaded, job)  # which ends at once when the engine is stopping
+        finally:
+            self._stopping.set()  # nothing is admitted any more, and nobody is left waiting
+            while not self._waiting.empty():
+                if (left := self._waiting.get()) is not None:
+                    left.channel.put(Failed(ReplicaStopping("The replica is shutting down.").info))
 
     def _run(self, loaded: LoadedPipeline, job: _Job) -> None:
         try:

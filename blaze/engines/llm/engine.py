@@ -190,9 +190,7 @@ class LLMEngine:
             logger.exception("a batch of %d requests failed", len(jobs))
             for job in jobs:
                 if job.open:
-                    job.fail(
-                        EngineFailure(f"The engine failed in this batch: {type(error).__name__}: {error}")
-                    )
+                    job.fail(EngineFailure(f"The engine failed in this batch: {type(error).__name__}."))
 
     def _generate(self, runner: StaticBatchRunner, jobs: list[_Job]) -> None:
         rows = [(job, sequence) for job in jobs for sequence in job.sequences]
@@ -206,7 +204,7 @@ class LLMEngine:
                 [uniform(s.sampling.seed or 0, s.index, s.num_generated) for _, s in rows],
             )
             for (job, sequence), token in zip(rows, tokens, strict=True):
-                job.channel.put(*sequence.append(token))
+                self._append(job, sequence, token)
             self._progress.step()
             now = self._clock.now()
             for job in jobs:
@@ -224,6 +222,14 @@ class LLMEngine:
                 rows = [rows[row] for row in going]
                 tokens = [tokens[row] for row in going]
             logits = runner.decode(tokens)
+
+    def _append(self, job: _Job, sequence: Sequence, token: int) -> None:
+        """What goes wrong with one request's text is that request's failure, not the batch's."""
+        try:
+            job.channel.put(*sequence.append(token))
+        except Exception as error:
+            logger.exception("a request failed in the middle of its batch")
+            job.fail(EngineFailure(f"The engine failed on this request: {type(error).__name__}."))
 
     def _fail_waiting(self) -> None:
         left = [self._held]
