@@ -251,8 +251,8 @@ def stopping_on_signals() -> Iterator[None]:
     stop_on_signals()
     try:
         yield
-    except Stopped:
-        pass
+    except (Stopped, SystemExit):
+        pass  # SystemExit: while Ray starts, its own handler of SIGTERM is in place
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
