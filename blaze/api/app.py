@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
@@ -17,7 +17,13 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blaze.api import translate
-from blaze.api.schemas import ChatCompletionRequest, CompletionRequest, ImageGenerationRequest, parse
+from blaze.api.schemas import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    ImageGenerationRequest,
+    TextBody,
+    parse,
+)
 from blaze.api.service import ModelCard, Service
 from blaze.api.sse import ChunkWriter, sse
 from blaze.errors import (
@@ -140,25 +146,30 @@ class _Handlers:
 
     async def chat_completions(self, http: HTTPRequest) -> Response:
         body = parse(ChatCompletionRequest, await self._read(http))
-        answer_id = f"chatcmpl-{secrets.token_hex(12)}"
-        stream = await self._open(http, translate.chat_request(body, http.scope["blaze.request_id"]))
-        created = int(time.time())
-        if body.stream:
-            writer = ChunkWriter("chat", answer_id, body.model, created, usage=body.wants_usage)
-            return _EventStream(stream, writer)
-        answer = await _collect(stream)
-        return JSONResponse(translate.chat_object(answer, answer_id, body.model, created))
+        request = translate.chat_request(body, http.scope["blaze.request_id"])
+        return await self._answer_text(http, body, request, "chat", translate.chat_object)
 
     async def completions(self, http: HTTPRequest) -> Response:
         body = parse(CompletionRequest, await self._read(http))
-        answer_id = f"cmpl-{secrets.token_hex(12)}"
-        stream = await self._open(http, translate.completion_request(body, http.scope["blaze.request_id"]))
+        request = translate.completion_request(body, http.scope["blaze.request_id"])
+        return await self._answer_text(http, body, request, "completion", translate.completion_object)
+
+    async def _answer_text(
+        self,
+        http: HTTPRequest,
+        body: TextBody,
+        request: Request,
+        kind: Literal["chat", "completion"],
+        whole: Callable[[translate.Answer, str, str, int], dict[str, Any]],
+    ) -> Response:
+        stream = await self._open(http, request)
+        answer_id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"
         created = int(time.time())
         if body.stream:
-            writer = ChunkWriter("completion", answer_id, body.model, created, usage=body.wants_usage)
-            return _EventStream(stream, writer)
-        answer = await _collect(stream)
-        return JSONResponse(translate.completion_object(answer, answer_id, body.model, created))
+            return _EventStream(
+                stream, ChunkWriter(kind, answer_id, body.model, created, usage=body.wants_usage)
+            )
+        return JSONResponse(whole(await _collect(stream), answer_id, body.model, created))
 
     # --- Images -------------------------------------------------------------------------------------
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import queue
-import threading
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
-from blaze.clock import Clock, SystemClock
+from blaze.clock import Clock
 from blaze.config import DiffusionConfig
 from blaze.engines.channel import EventChannel
 from blaze.engines.diffusion.images import encode, to_image
@@ -22,7 +17,7 @@ from blaze.engines.diffusion.pipelines import (
     load_pipeline,
     seeds,
 )
-from blaze.engines.progress import StepCounter
+from blaze.engines.threaded import ThreadedEngine
 from blaze.errors import (
     BlazeError,
     Cancelled,
@@ -32,10 +27,8 @@ from blaze.errors import (
     ReplicaStopping,
 )
 from blaze.models.sources import ModelSource
-from blaze.reports import EngineStatus
 from blaze.types import (
     EngineKind,
-    Events,
     Failed,
     Finished,
     ImageReady,
@@ -56,7 +49,11 @@ class _Job:
     deadline: float | None
 
 
-class DiffusionEngine:
+class DiffusionEngine(ThreadedEngine[_Job, LoadedPipeline]):
+    """One request after another: a request that arrives while one is drawn waits for its end."""
+
+    kind = EngineKind.DIFFUSION
+
     def __init__(
         self,
         source: ModelSource,
@@ -66,73 +63,27 @@ class DiffusionEngine:
         cache: Path,
         clock: Clock | None = None,
     ) -> None:
+        super().__init__(clock)
         self._source = source
         self._options = options
         self._threads = threads
         self._cache = cache
-        self._clock = clock or SystemClock()
-        self._progress = StepCounter(self._clock)
-        self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._stopping = threading.Event()
-        self._compute: threading.Thread | None = None
-        self._loaded: LoadedPipeline | None = None
 
-    async def start(self) -> None:
-        self._loaded = await asyncio.to_thread(
-            load_pipeline, self._source, self._options, self._threads, self._cache
-        )
-        self._compute = threading.Thread(target=self._serve, name="diffusion-compute", daemon=True)
-        self._compute.start()
+    def _load(self) -> LoadedPipeline:
+        return load_pipeline(self._source, self._options, self._threads, self._cache)
 
-    async def stop(self) -> None:
-        self._stopping.set()
-        self._waiting.put(None)
-        if self._compute is not None:
-            await asyncio.to_thread(self._compute.join)
-        self._loaded = None
-
-    async def get_health_status(self) -> EngineStatus:
-        alive = self._compute is not None and self._compute.is_alive()
-        return self._progress.status(
-            EngineKind.DIFFUSION,
-            loaded=self._loaded is not None,
-            failed=None if alive or self._loaded is None else "the compute thread has ended",
-        )
-
-    async def run(self, request: Request) -> AsyncGenerator[Events]:
-        try:
-            job = self._admit(request)
-        except BlazeError as error:
-            yield (Failed(error.info),)
-            return
-        with self._progress.queued():
-            self._waiting.put(job)
-            async with aclosing(job.channel.read()) as batches:
-                async for events in batches:
-                    yield events
-
-    def _admit(self, request: Request) -> _Job:
+    async def _admit(self, loaded: LoadedPipeline, request: Request) -> _Job:
         if not isinstance(request, ImageRequest):
             raise InvalidRequest("This model generates images, not text.", param="model")
-        serving = self._compute is not None and self._compute.is_alive() and not self._stopping.is_set()
-        if self._loaded is None or not serving:
-            raise ReplicaStopping("The engine is not running.")
-        check_request(request, self._loaded, self._options)
+        check_request(request, loaded, self._options)
         deadline = None if request.timeout_s is None else self._clock.now() + request.timeout_s
         return _Job(request, EventChannel(), deadline)
 
     # --- The compute thread ------------------------------------------------------------------------
 
-    def _serve(self) -> None:
-        assert self._loaded is not None
-        try:
-            while (job := self._waiting.get()) is not None:
-                self._run(self._loaded, job)  # which ends at once when the engine is stopping
-        finally:
-            self._stopping.set()  # nothing is admitted any more, and nobody is left waiting
-            while not self._waiting.empty():
-                if (left := self._waiting.get()) is not None:
-                    left.channel.put(Failed(ReplicaStopping("The replica is shutting down.").info))
+    def _work(self, loaded: LoadedPipeline) -> None:
+        while (job := self._waiting.get()) is not None:
+            self._run(loaded, job)  # which ends at once when the engine is stopping
 
     def _run(self, loaded: LoadedPipeline, job: _Job) -> None:
         try:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-import threading
-from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blaze.clock import Clock, SystemClock
+from blaze.clock import Clock
 from blaze.config import LLMConfig
 from blaze.engines.channel import EventChannel
 from blaze.engines.llm.model import LoadedModel, load_model
@@ -20,11 +17,10 @@ from blaze.engines.llm.prompts import PromptEncoder
 from blaze.engines.llm.runner import StaticBatchRunner
 from blaze.engines.llm.sampling import sample, uniform
 from blaze.engines.llm.sequence import Sequence
-from blaze.engines.progress import StepCounter
+from blaze.engines.threaded import ThreadedEngine
 from blaze.errors import BlazeError, DeadlineExceeded, EngineFailure, InvalidRequest, ReplicaStopping
 from blaze.models.sources import ModelSource
-from blaze.reports import EngineStatus
-from blaze.types import EngineKind, Events, Failed, Finished, GenerateRequest, Request, Started, Usage
+from blaze.types import EngineKind, Failed, Finished, GenerateRequest, Request, Started, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +51,16 @@ class _Job:
             self.open = False
 
 
-class LLMEngine:
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    model: LoadedModel
+    encoder: PromptEncoder
+
+
+class LLMEngine(ThreadedEngine[_Job, _Loaded]):
     """Static batches: requests that arrive while a batch runs wait for its end."""
+
+    kind = EngineKind.LLM
 
     def __init__(
         self,
@@ -67,63 +71,27 @@ class LLMEngine:
         cache: Path,
         clock: Clock | None = None,
     ) -> None:
+        super().__init__(clock)
         self._source = source
         self._options = options
         self._threads = threads
         self._cache = cache
-        self._clock = clock or SystemClock()
-        self._progress = StepCounter(self._clock)
-        self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._held: _Job | None = None  # taken from the queue, but too large for the batch at hand
-        self._stopping = threading.Event()
         # One thread for all encoding: a fast tokenizer is not safe on several.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
-        self._compute: threading.Thread | None = None
-        self._model: LoadedModel | None = None
-        self._encoder: PromptEncoder | None = None
 
-    async def start(self) -> None:
-        self._model = await asyncio.to_thread(
-            load_model, self._source, self._options, self._threads, self._cache
+    def _load(self) -> _Loaded:
+        model = load_model(self._source, self._options, self._threads, self._cache)
+        encoder = PromptEncoder(
+            model.tokenizer, vocabulary_size=model.vocabulary_size, max_model_len=model.max_model_len
         )
-        self._encoder = PromptEncoder(
-            self._model.tokenizer,
-            vocabulary_size=self._model.vocabulary_size,
-            max_model_len=self._model.max_model_len,
-        )
-        self._compute = threading.Thread(target=self._serve, name="llm-compute", daemon=True)
-        self._compute.start()
+        return _Loaded(model, encoder)
 
     async def stop(self) -> None:
-        self._stopping.set()
-        self._waiting.put(None)
-        if self._compute is not None:
-            await asyncio.to_thread(self._compute.join)
+        await super().stop()
         self._encoding.shutdown(wait=False)
-        self._model = None
 
-    async def get_health_status(self) -> EngineStatus:
-        alive = self._compute is not None and self._compute.is_alive()
-        return self._progress.status(
-            EngineKind.LLM,
-            loaded=self._model is not None,
-            failed=None if alive or self._model is None else "the compute thread has ended",
-        )
-
-    async def run(self, request: Request) -> AsyncGenerator[Events]:
-        try:
-            job = await self._admit(request)
-        except BlazeError as error:
-            yield (Failed(error.info),)
-            return
-        with self._progress.queued():
-            self._waiting.put(job)
-            async with aclosing(job.channel.read()) as batches:
-                async for events in batches:
-                    yield events
-
-    async def _admit(self, request: Request) -> _Job:
-        """Everything that can be wrong with a request is found here, before it touches the batch."""
+    async def _admit(self, loaded: _Loaded, request: Request) -> _Job:
         if not isinstance(request, GenerateRequest):
             raise InvalidRequest("This model generates text, not images.", param="model")
         sampling = request.sampling
@@ -132,35 +100,26 @@ class LLMEngine:
                 f"n: at most {self._options.max_batch_size} choices for this model.", param="n"
             )
         deadline = None if request.timeout_s is None else self._clock.now() + request.timeout_s
-        model, encoder = self._model, self._encoder
-        if model is None or encoder is None or not self._is_serving():
-            raise ReplicaStopping("The engine is not running.")
-        encoding = asyncio.get_running_loop().run_in_executor(self._encoding, encoder.encode, request)
-        prompt_ids = await encoding
-        if not self._is_serving():  # it may have stopped in the meantime
-            raise ReplicaStopping("The engine is not running.")
-        room = model.max_model_len - len(prompt_ids)
+        loop = asyncio.get_running_loop()
+        prompt_ids = await loop.run_in_executor(self._encoding, loaded.encoder.encode, request)
+        self._ready()  # it may have stopped in the meantime
+        room = loaded.model.max_model_len - len(prompt_ids)
         limit = room if sampling.max_tokens is None else sampling.max_tokens
-        sequences = [
-            Sequence(index, prompt_ids, sampling, limit, model.vocabulary) for index in range(sampling.n)
-        ]
+        vocabulary = loaded.model.vocabulary
+        sequences = [Sequence(index, prompt_ids, sampling, limit, vocabulary) for index in range(sampling.n)]
         return _Job(prompt_ids, sequences, EventChannel(), deadline)
-
-    def _is_serving(self) -> bool:
-        return not self._stopping.is_set() and self._compute is not None and self._compute.is_alive()
 
     # --- The compute thread ------------------------------------------------------------------------
 
-    def _serve(self) -> None:
-        assert self._model is not None
+    def _work(self, loaded: _Loaded) -> None:
         try:
             while not self._stopping.is_set():
                 jobs = self._next_batch()
                 if jobs:
-                    self._run_batch(self._model, jobs)
+                    self._run_batch(loaded.model, jobs)
         finally:
-            self._stopping.set()  # nothing is admitted any more, and nobody is left waiting
-            self._fail_waiting()
+            if self._held is not None:
+                self._waiting.put(self._held)
 
     def _next_batch(self) -> list[_Job]:
         """Wait for a request, then take all that wait and fit. Empty when there is nothing left to do."""
@@ -230,11 +189,3 @@ class LLMEngine:
         except Exception as error:
             logger.exception("a request failed in the middle of its batch")
             job.fail(EngineFailure(f"The engine failed on this request: {type(error).__name__}."))
-
-    def _fail_waiting(self) -> None:
-        left = [self._held]
-        while not self._waiting.empty():
-            left.append(self._waiting.get())
-        for job in left:
-            if job is not None:
-                job.fail(ReplicaStopping("The replica is shutting down."))
