@@ -83,14 +83,6 @@ class ContextLengthExceeded(InvalidRequest):
         )
 
 
-class Unauthorized(InvalidRequest):
-    """No API key, or a wrong one."""
-
-    http_status = 401
-    type = "authentication_error"
-    code = "invalid_api_key"
-
-
 class NotFound(InvalidRequest):
     """No such path."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +88,3 @@ def _context(text_config: PretrainedConfig, wanted: int | None) -> int:
     if made_for is not None and wanted > made_for:
         raise ConfigError(f"llm.max_model_len: {wanted} is above the model's own {made_for}", param="llm")
     return wanted
-
-
-def quiet_libraries() -> None:
-    """Progress bars of libraries do not belong in a replica's log."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
