@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import uuid
@@ -212,4 +213,6 @@ def _use_token_when_there_is_one() -> None:
         maybe_enable_token_auth_if_token_available,
     )
 
+    # Ray warns that the token is in use, which is as it should be.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)

@@ -61,7 +61,9 @@ def fingerprint(path: Path) -> str:
 def _convert(gguf: Path, folder: Path, progress: ProgressReport) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # ``progress`` shows it
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
