@@ -55,18 +55,20 @@ class PinnedRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
     async def _probe(self, pin: str) -> None:
         """Ask until Ray knows: a broken connection looks the same whether its replica is dead or not, and
         Serve's own health check takes up to ten seconds to tell."""
-        for _ in range(_PROBES):
-            replica = self._by_pin.get(pin)
-            if replica is None:
-                break
-            try:
-                await replica.get_queue_len(deadline_s=_PROBE_PERIOD_S)
-                break
-            except ActorDiedError:
-                self.on_replica_actor_died(replica.replica_id)
-            except Exception:  # unavailable, or slow: not yet decided
-                await asyncio.sleep(_PROBE_PERIOD_S)
-        self._probes.pop(pin, None)
+        try:
+            for _ in range(_PROBES):
+                replica = self._by_pin.get(pin)
+                if replica is None:
+                    return
+                try:
+                    await replica.get_queue_len(deadline_s=_PROBE_PERIOD_S)
+                    return
+                except ActorDiedError:
+                    self.on_replica_actor_died(replica.replica_id)
+                except Exception:  # unavailable, or slow: not yet decided
+                    await asyncio.sleep(_PROBE_PERIOD_S)
+        finally:
+            self._probes.pop(pin, None)  # whatever went wrong, the next broken call may ask again
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
