@@ -96,7 +96,7 @@ class LocalCluster:
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(self._folder / "ray"),
             )
-        except (RuntimeError, OSError, ValueError) as error:
+        except Exception as error:  # Ray raises the bare class when its node does not come up in time
             raise EnvironmentProblem(f"Ray did not start: {' '.join(str(error).split())[:500]}") from error
         self.address = context.address_info["gcs_address"]
         self.dashboard = f"http://127.0.0.1:{dashboard_port}"

@@ -86,7 +86,7 @@ def app() -> Iterator[Served]:
         yield running
 
 
-POOLS = ["fake", pytest.param("ray", marks=pytest.mark.cluster)]
+POOLS = ["fake", pytest.param("ray", marks=[pytest.mark.cluster, pytest.mark.ray_driver])]
 
 
 @pytest.fixture(params=POOLS)
@@ -196,6 +196,10 @@ async def test_cancelling_is_safe_at_any_time_and_more_than_once(harness: Harnes
     ended.cancel()
     lost = harness.pool.call("no-such-replica", harness.short)
     lost.cancel()
+    failed = harness.pool.call("no-such-replica", harness.short)
+    with pytest.raises(ReplicaLost):
+        await anext(failed)
+    failed.cancel()
     events = await collect(harness.pool.call(first(harness), harness.short))
     assert isinstance(events[-1], Finished), "the pool goes on serving"
 
