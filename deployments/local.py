@@ -27,6 +27,7 @@ from deployments.data_plane import REPLICA_PORTS, fast_data_plane, private_proxy
 
 MARKER = "BLAZE_CLUSTER_ID"
 _OBJECT_STORE_BYTES = 512 * 1024 * 1024
+_START_ATTEMPTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,25 +80,37 @@ class LocalCluster:
             raise EnvironmentProblem(f"Ray is not installed: {error}") from None
         # Ray read the variable when it was imported, which may have been before it was set.
         ray_constants.ENABLE_RAY_CLUSTER = False
+        for attempt in range(_START_ATTEMPTS):
+            try:
+                self._start_ray()
+                return
+            except Exception as error:  # Ray raises the bare class when its node does not come up in time
+                # Ray draws most of its ports itself, and may lose one before it has bound it.
+                if attempt + 1 == _START_ATTEMPTS:
+                    reason = " ".join(str(error).split())[:500]
+                    raise EnvironmentProblem(f"Ray did not start: {reason}") from error
+                ray.shutdown()
+                sweep(self.cluster_id)
+
+    def _start_ray(self) -> None:
+        import ray
+
         dashboard_port = free_port()
         # Unless RAY_AUTH_MODE says otherwise, a new local Ray asks for the user's token on all its ports,
         # which it makes when there is none. It also guards the calls between replicas, for which Serve
         # listens on every interface.
-        try:
-            context = ray.init(
-                address="local",
-                num_cpus=self._num_cpus,
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                dashboard_port=dashboard_port,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level="error",
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(self._folder / "ray"),
-            )
-        except Exception as error:  # Ray raises the bare class when its node does not come up in time
-            raise EnvironmentProblem(f"Ray did not start: {' '.join(str(error).split())[:500]}") from error
+        context = ray.init(
+            address="local",
+            num_cpus=self._num_cpus,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=dashboard_port,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="error",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(self._folder / "ray"),
+        )
         self.address = context.address_info["gcs_address"]
         self.dashboard = f"http://127.0.0.1:{dashboard_port}"
 
@@ -223,19 +236,23 @@ def processes(cluster_id: str) -> Iterator[psutil.Process]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, outside the range from which the system gives out ports.
+
+    From inside it, one of Ray's own processes could take the port before its owner has bound it.
+    """
+    return _first_free(range(8_100, 10_000), 1)
 
 
 def free_block(size: int) -> int:
-    """The first of ``size`` ports in a row that nobody listens on, below the system's own choices."""
-    starts = list(range(10_000, 32_000, size))
-    random.shuffle(starts)
-    for start in starts:
+    """The first of ``size`` ports in a row that nobody listens on, apart from those of :func:`free_port`."""
+    return _first_free(range(10_000, 32_000, size), size)
+
+
+def _first_free(starts: range, size: int) -> int:
+    for start in random.SystemRandom().sample(starts, len(starts)):
         if all(_is_free(port) for port in range(start, start + size)):
             return start
-    raise EnvironmentProblem(f"there are no {size} free ports in a row between 10000 and 32000")
+    raise EnvironmentProblem(f"there are no {size} free ports in a row between {starts[0]} and {starts[-1]}")
 
 
 def _is_free(port: int) -> bool:
