@@ -8,7 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,17 @@ class BlazeUp:
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
+        return found
+
+    def listening(self) -> set[tuple[str, int]]:
+        """Address and port of every TCP socket that a descendant listens on."""
+        found = set()
+        for process in self.descendants():
+            try:
+                connections = process.net_connections(kind="inet")
+            except psutil.NoSuchProcess:  # an idle worker may end at any time
+                continue
+            found |= {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
         return found
 
     def run(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
@@ -97,4 +108,5 @@ def blaze_up(
                 process.kill()
                 process.wait(timeout=10)
         for left in running.descendants():
-            left.kill()
+            with suppress(psutil.NoSuchProcess):
+                left.kill()

@@ -93,12 +93,7 @@ def _interrupt_and_expect_nothing_left(run: BlazeUp, folder: Path) -> None:
 def test_it_listens_on_this_machine_only(tmp_path: Path, config: Path) -> None:
     with blaze_up(tmp_path, str(config)) as run:
         run.wait_for("Blaze is ready")
-        listening = {
-            (connection.laddr.ip, connection.laddr.port)
-            for process in run.descendants()
-            for connection in process.net_connections(kind="inet")
-            if connection.status == psutil.CONN_LISTEN
-        }
+        listening = run.listening()
         assert len(listening) > 5
         # Serve's own servers for calls between replicas know no address: they ask for the cluster's token.
         loopback = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
