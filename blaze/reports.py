@@ -19,6 +19,18 @@ class ReplicaState(StrEnum):
 
 
 @dataclass(frozen=True)
+class KVCacheStatus:
+    """Memory for keys and values, in tokens; counters since the start."""
+
+    total_tokens: int
+    free_tokens: int
+    kept_tokens: int  # of finished sequences, kept for prompts that begin alike; given up when needed
+    prefix_queries: int  # prompt tokens looked up
+    prefix_hits: int  # of them, found
+    preemptions: int
+
+
+@dataclass(frozen=True)
 class EngineStatus:
     """An engine's own account of itself; ``work_pending`` counts queued and running requests."""
 
@@ -29,6 +41,7 @@ class EngineStatus:
     steps_done: int
     last_step_age_s: float | None  # None before the first step
     detail: str | None = None  # why it failed
+    kv_cache: KVCacheStatus | None = None  # of LLM engines
 
     @property
     def work_pending(self) -> int:

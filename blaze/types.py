@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, TypeAlias
 
-from blaze.errors import ErrorInfo, InvalidRequest
+from blaze.checks import check, check_seed, is_count, is_number
+from blaze.errors import ErrorInfo
+from blaze.sampling_params import SamplingParams
 
 ReplicaId: TypeAlias = str
 TokenId: TypeAlias = int
 FinishReason: TypeAlias = Literal["stop", "length"]
 ImageFormat: TypeAlias = Literal["png", "jpeg", "webp"]
 
-SEED_BOUND = 2**63  # seeds are int64: -SEED_BOUND <= seed < SEED_BOUND
+MAX_PRIORITY = 1000
 
 
 class EngineKind(StrEnum):
@@ -35,8 +37,10 @@ class EngineKind(StrEnum):
 @dataclass(frozen=True)
 class ChatMessage:
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str
+    content: str | None
     name: str | None = None
+    tool_calls: str | None = None  # JSON array, as the client sent it
+    tool_call_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class ChatPrompt:
     """Messages that the model's own chat template turns into tokens."""
 
     messages: tuple[ChatMessage, ...]
+    tools: str | None = None  # JSON array, as the client sent it: the template decides what becomes of it
 
 
 @dataclass(frozen=True)
@@ -60,46 +65,29 @@ Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 filter nothing."""
-
-    max_tokens: int | None = None  # None: what is left of the context
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None  # None: the dispatcher draws one before the first attempt
-    stop: tuple[str, ...] = ()
-    n: int = 1
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises :class:`InvalidRequest`: calls over a handle pass through no other validation."""
-        _check(
-            self.max_tokens is None or _is_count(self.max_tokens),
-            "max_tokens",
-            "must be an integer, at least 1",
-        )
-        _check(
-            _is_number(self.temperature) and 0 <= self.temperature <= 2,
-            "temperature",
-            "must be between 0 and 2",
-        )
-        _check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
-        _check(type(self.top_k) is int and self.top_k >= 0, "top_k", "must be an integer, at least 0")
-        _check(_is_count(self.n), "n", "must be an integer, at least 1")
-        _check(_are_texts(self.stop), "stop", "must be a tuple of non-empty strings")
-        _check_seed(self.seed)
-
-
-@dataclass(frozen=True)
 class GenerateRequest:
-    """Text generation. ``timeout_s``: seconds left of the deadline when the value was made."""
+    """Text generation. ``timeout_s``: seconds left of the deadline when the value was made.
+
+    ``generated[i]``: tokens that choice ``i`` has already, from an engine that could not go on. They count
+    as output (limits, penalties, stop strings, draws), and their events are not sent again.
+    """
 
     request_id: str
     model: str
     prompt: Prompt
     sampling: SamplingParams = field(default_factory=SamplingParams)
     timeout_s: float | None = None
+    priority: int = 0  # lower is served first
+    generated: tuple[tuple[TokenId, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises :class:`InvalidRequest`: calls over a handle pass through no other validation."""
+        check(
+            type(self.priority) is int and abs(self.priority) <= MAX_PRIORITY,
+            "priority",
+            f"must be an integer, at most {MAX_PRIORITY} either way",
+        )
+        check(len(self.generated) in (0, self.sampling.n), "generated", "must have one entry per choice")
 
 
 @dataclass(frozen=True)
@@ -124,43 +112,20 @@ class ImageRequest:
 
     def __post_init__(self) -> None:
         """Raises :class:`InvalidRequest`: calls over a handle pass through no other validation."""
-        _check(_is_count(self.n), "n", "must be an integer, at least 1")
+        check(is_count(self.n), "n", "must be an integer, at least 1")
         for name in ("width", "height", "num_inference_steps"):
             value = getattr(self, name)
-            _check(value is None or _is_count(value), name, "must be an integer, at least 1")
-        _check(
+            check(value is None or is_count(value), name, "must be an integer, at least 1")
+        check(
             self.guidance_scale is None
-            or (_is_number(self.guidance_scale) and 0 <= self.guidance_scale <= 1000),
+            or (is_number(self.guidance_scale) and 0 <= self.guidance_scale <= 1000),
             "guidance_scale",
             "must be 0 to 1000",
         )
-        _check_seed(self.seed)
+        check_seed(self.seed)
 
 
 Request: TypeAlias = GenerateRequest | ImageRequest
-
-
-def _check(holds: bool, field_name: str, rule: str) -> None:
-    """False also for comparisons with NaN."""
-    if not holds:
-        raise InvalidRequest(f"{field_name}: {rule}.", param=field_name)
-
-
-def _is_count(value: int) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _is_number(value: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _are_texts(values: tuple[str, ...]) -> bool:
-    return isinstance(values, tuple) and all(isinstance(value, str) and value for value in values)
-
-
-def _check_seed(seed: int | None) -> None:
-    fits = seed is None or (type(seed) is int and -SEED_BOUND <= seed < SEED_BOUND)
-    _check(fits, "seed", "must be a 64-bit signed integer")
 
 
 # --- Events ----------------------------------------------------------------------------------------
@@ -171,13 +136,24 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     images: int = 0
+    cached_tokens: int = 0  # of the prompt's, those whose keys and values were at hand
+
+
+@dataclass(frozen=True)
+class TopLogprob:
+    token: str
+    token_id: TokenId
+    logprob: float
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
+    """Of the model's own distribution, before temperature, penalties and filters (natural logarithm)."""
+
     token: str
     token_id: TokenId
-    logprob: float
+    logprob: float | None  # None: the first token of a prompt, which nothing precedes
+    top: tuple[TopLogprob, ...] = ()  # the likeliest, best first
 
 
 @dataclass(frozen=True)
@@ -189,12 +165,16 @@ class Started:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """New text of choice ``index``, and the ids it came from (text may lag behind the ids)."""
+    """New text of choice ``index``, and the ids it came from (text may lag behind the ids).
+
+    ``logprobs``: one per id. ``echo``: this is the prompt given back, not output.
+    """
 
     index: int
     text: str
     token_ids: tuple[TokenId, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
+    echo: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ray.serve.handle import DeploymentHandle
 
 from blaze.config import HealthConfig, ModelConfig, cache_dir
+from blaze.engines.openmp import share_cores
 from deployments.engine import EngineReplica
 
 
@@ -12,6 +13,7 @@ class LLMReplica(EngineReplica):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, model: ModelConfig, health: HealthConfig, actor: DeploymentHandle
     ) -> None:
+        share_cores()
         # Imported in the replica: torch and transformers are heavy, and needed nowhere else.
         from blaze.engines.llm.engine import LLMEngine
         from blaze.models.sources import parse_source

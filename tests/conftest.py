@@ -6,6 +6,9 @@ import os
 
 import pytest
 
+from blaze.engines.openmp import share_cores
+
+share_cores()  # before anything loads torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

@@ -11,8 +11,13 @@ import numpy as np
 import torch
 
 from blaze.engines.diffusion.pipelines import LoadedPipeline
+from blaze.engines.llm.kv_cache import KVCache
+from blaze.engines.llm.loading import ServedModel
 from blaze.engines.llm.model import LoadedModel
-from blaze.engines.llm.sequence import Vocabulary
+from blaze.engines.llm.runner import StepResult, wants_all_logits
+from blaze.engines.llm.scheduler import Step, Work
+from blaze.engines.llm.slots import Slot
+from blaze.engines.llm.vocabulary import Vocabulary
 from tests.fakes import ByteDecoder
 
 EOS = 0
@@ -39,49 +44,75 @@ class CharacterTokenizer:
         return self("".join(">" + message["content"] for message in messages))
 
 
+class CharacterNames:
+    def name(self, token_id: int) -> str:
+        return chr(token_id) if token_id else ""
+
+
 def fake_model(*, max_model_len: int = 64) -> LoadedModel:
     pieces = [b"", *(bytes([code]) for code in range(1, VOCABULARY_SIZE))]
     return LoadedModel(
         model=SimpleNamespace(),
         tokenizer=CharacterTokenizer(),
-        vocabulary=Vocabulary(ByteDecoder(pieces), frozenset({EOS})),
+        vocabulary=Vocabulary(ByteDecoder(pieces), CharacterNames(), frozenset({EOS})),
         vocabulary_size=VOCABULARY_SIZE,
         max_model_len=max_model_len,
     )
 
 
+def fake_served(
+    runner: ScriptedRunner, *, max_model_len: int = 64, kv_tokens: int = 4096, unit: int = 16
+) -> ServedModel:
+    cache = KVCache(kv_tokens, longest=max_model_len, unit=unit, block=4)
+    return ServedModel(fake_model(max_model_len=max_model_len), runner, cache)
+
+
+@dataclass
+class RecordingStore:
+    """Of the KV memory, what the loop itself asks for."""
+
+    cleared: list[Slot] = field(default_factory=list)
+
+    def clear(self, slot: Slot) -> None:
+        self.cleared.append(slot)
+
+
 @dataclass
 class ScriptedRunner:
-    """Continues every prompt as its script says: the text after the prompt's first character, then EOS.
+    """Continues every prompt as its script says, then ends.
 
-    ``scripts`` are found by the first token of the prompt, so a row is known wherever it stands.
+    ``scripts`` are found by the first token of the prompt, so a sequence is known wherever it stands.
+    ``batch_sizes``: of each step, the sequences that yielded a token.
     """
 
     scripts: Mapping[str, str]
     batch_sizes: list[int] = field(default_factory=list)
     before_step: Callable[[], None] = lambda: None
-    _rows: list[list[int]] = field(default_factory=list)
+    shape: Callable[[torch.Tensor, Work], None] = lambda _logits, _work: None
+    name: str = "scripted"
+    store: Any = field(default_factory=RecordingStore)
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        self._rows = [self._script(chr(prompt[0])) for prompt in prompts]
-        return self._logits()
-
-    def decode(self, tokens: Sequence[int]) -> torch.Tensor:
-        assert len(tokens) == len(self._rows)
-        return self._logits()
-
-    def keep(self, rows: Sequence[int]) -> None:
-        self._rows = [self._rows[row] for row in rows]
-
-    def _script(self, key: str) -> list[int]:
-        return [*(ord(character) for character in self.scripts[key]), EOS]
-
-    def _logits(self) -> torch.Tensor:
+    def execute(self, step: Step) -> StepResult:
         self.before_step()
-        self.batch_sizes.append(len(self._rows))
-        logits = torch.full((len(self._rows), VOCABULARY_SIZE), -100.0)
-        for row, script in enumerate(self._rows):
-            logits[row, script.pop(0)] = 100.0
+        yielding = [work for work in step.work if work.yields_token]
+        self.batch_sizes.append(len(yielding))
+        rows = [self._logits(work, work.end) for work in yielding]
+        whole = [
+            (work, torch.stack([self._logits(work, end) for end in range(work.start + 1, work.end + 1)]))
+            for work in step.work
+            if wants_all_logits(work)
+        ]
+        return StepResult(torch.stack(rows) if rows else torch.empty(0, VOCABULARY_SIZE), tuple(whole))
+
+    def _logits(self, work: Work, end: int) -> torch.Tensor:
+        """Of the token after the first ``end``; inside a prompt, the prompt's own next one is likely."""
+        sequence = work.sequence
+        script = [*(ord(character) for character in self.scripts[chr(sequence.token_ids[0])]), EOS]
+        at = end - sequence.prompt_len
+        token = script[min(at, len(script) - 1)] if at >= 0 else sequence.token_ids[end]
+        logits = torch.full((VOCABULARY_SIZE,), -100.0)
+        logits[token] = 100.0
+        self.shape(logits, work)
         return logits
 
 

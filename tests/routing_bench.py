@@ -61,4 +61,4 @@ class RoutingBench:
     @property
     def usage(self) -> Usage:
         model = self.dispatcher.counters()[0]
-        return Usage(model.prompt_tokens, model.completion_tokens, model.images)
+        return Usage(model.prompt_tokens, model.completion_tokens, images=model.images)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any, Literal
 
 from blaze.reports import EngineStatus, Heartbeat
+from blaze.sampling_params import SamplingParams
 from blaze.types import (
     ChatMessage,
     ChatPrompt,
@@ -18,9 +19,10 @@ from blaze.types import (
     ImageReady,
     ImageRequest,
     Prompt,
-    SamplingParams,
     Started,
     TextDelta,
+    TokenLogprob,
+    TopLogprob,
     Usage,
 )
 
@@ -41,6 +43,12 @@ def image_answer(*seeds: int) -> list[Events | Exception]:
         ImageReady(index, b"pixels-%d" % index, "png", 32, 16, seed) for index, seed in enumerate(seeds)
     ]
     return [(Started(), *images, Finished(Usage(images=len(images))))]
+
+
+def scored(token: str, logprob: float | None = -0.5, **likeliest: float) -> TokenLogprob:
+    """A token with its log probability, and the likeliest ones where it stands."""
+    top = tuple(TopLogprob(text, 0, value) for text, value in likeliest.items())
+    return TokenLogprob(token, 0, logprob, top)
 
 
 def heartbeat(

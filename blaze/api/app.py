@@ -6,7 +6,8 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
@@ -17,6 +18,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blaze.api import translate
+from blaze.api.merged import MergedStream
 from blaze.api.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -24,7 +26,7 @@ from blaze.api.schemas import (
     TextBody,
     parse,
 )
-from blaze.api.service import ModelCard, Service
+from blaze.api.service import AnswerStream, ModelCard, Service
 from blaze.api.sse import ChunkWriter, sse
 from blaze.errors import (
     BlazeError,
@@ -36,8 +38,7 @@ from blaze.errors import (
     PayloadTooLarge,
     RemoteError,
 )
-from blaze.routing.dispatcher import RoutedStream
-from blaze.types import Failed, Request
+from blaze.types import Failed, GenerateRequest
 
 logger = logging.getLogger(__name__)
 
@@ -147,22 +148,27 @@ class _Handlers:
     async def chat_completions(self, http: HTTPRequest) -> Response:
         body = parse(ChatCompletionRequest, await self._read(http))
         request = translate.chat_request(body, http.scope["blaze.request_id"])
-        return await self._answer_text(http, body, request, "chat", translate.chat_object)
+        stream = await self._begin(http, self._service.open(request))
+        return await self._answer_text(stream, body, "chat", translate.chat_object)
 
     async def completions(self, http: HTTPRequest) -> Response:
         body = parse(CompletionRequest, await self._read(http))
-        request = translate.completion_request(body, http.scope["blaze.request_id"])
-        return await self._answer_text(http, body, request, "completion", translate.completion_object)
+        requests = translate.completion_requests(body, http.scope["blaze.request_id"])
+        stream = await self._begin(http, self._open_all(requests))
+        return await self._answer_text(stream, body, "completion", translate.completion_object)
+
+    async def _open_all(self, requests: Sequence[GenerateRequest]) -> AnswerStream:
+        if len(requests) == 1:
+            return await self._service.open(requests[0])
+        return await MergedStream.open(self._service, requests)
 
     async def _answer_text(
         self,
-        http: HTTPRequest,
+        stream: AnswerStream,
         body: TextBody,
-        request: Request,
         kind: Literal["chat", "completion"],
         whole: Callable[[translate.Answer, str, str, int], dict[str, Any]],
     ) -> Response:
-        stream = await self._open(http, request)
         answer_id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"
         created = int(time.time())
         if body.stream:
@@ -175,8 +181,8 @@ class _Handlers:
 
     async def image_generations(self, http: HTTPRequest) -> Response:
         body = parse(ImageGenerationRequest, await self._read(http))
-        stream = await self._open(http, translate.image_request(body, http.scope["blaze.request_id"]))
-        answer = await _collect(stream)
+        request = translate.image_request(body, http.scope["blaze.request_id"])
+        answer = await _collect(await self._begin(http, self._service.open(request)))
         return JSONResponse(translate.images_object(answer, int(time.time())))
 
     # --- About the service --------------------------------------------------------------------------
@@ -226,9 +232,9 @@ class _Handlers:
             chunks.append(chunk)
         return b"".join(chunks)
 
-    async def _open(self, http: HTTPRequest, request: Request) -> RoutedStream:
-        """The answer, once a replica has begun it: an error until here can still be a plain response."""
-        stream = await self._service.open(request)
+    async def _begin(self, http: HTTPRequest, opening: Awaitable[AnswerStream]) -> AnswerStream:
+        """The answer, once it has begun: an error until here can still be a plain response."""
+        stream = await opening
         http.scope["blaze.replica"] = stream.replica_id
         if stream.error is not None:
             raise RemoteError(stream.error)
@@ -243,7 +249,7 @@ class _EventStream(Response):
     message: for a short answer that is one write to the socket instead of two.
     """
 
-    def __init__(self, stream: RoutedStream, writer: ChunkWriter) -> None:
+    def __init__(self, stream: AnswerStream, writer: ChunkWriter) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
@@ -261,9 +267,9 @@ class _EventStream(Response):
             await self._stream.aclose()
 
 
-async def _collect(stream: RoutedStream) -> translate.Answer:
+async def _collect(stream: AnswerStream) -> translate.Answer:
     answer = translate.Answer()
-    async with stream:
+    async with aclosing(stream):
         async for events in stream:
             last = events[-1]
             if isinstance(last, Failed):

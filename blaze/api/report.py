@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import accumulate
 from typing import Any
 
@@ -62,6 +63,7 @@ def _replica_statuses(view: ClusterView) -> list[dict[str, Any]]:
                 "queued": beat.engine.queued,
                 "steps": beat.engine.steps_done,
                 "memory_bytes": beat.memory_bytes,
+                "kv_cache": None if beat.engine.kv_cache is None else asdict(beat.engine.kv_cache),
                 "detail": beat.engine.detail,
             }
         )
@@ -81,6 +83,7 @@ class _ClusterCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._models()
         yield from self._replicas()
+        yield from self._kv_caches()
 
     def _models(self) -> Iterator[Metric]:
         requests = CounterMetricFamily("blaze_requests", "Attempts that ended.", labels=["model", "outcome"])
@@ -128,6 +131,27 @@ class _ClusterCollector(Collector):
             memory.add_metric(labels, replica.heartbeat.memory_bytes)
             up.add_metric(labels, replica.state is ReplicaState.READY)
         yield from (in_flight, routed, failed, memory, up)
+
+    def _kv_caches(self) -> Iterator[Metric]:
+        labels = ["model", "replica"]
+        memory = GaugeMetricFamily(
+            "blaze_kv_cache_tokens", "Memory for keys and values, in tokens.", labels=[*labels, "state"]
+        )
+        queries = CounterMetricFamily("blaze_prefix_queries", "Prompt tokens looked up.", labels=labels)
+        hits = CounterMetricFamily("blaze_prefix_hits", "Prompt tokens found computed.", labels=labels)
+        preempted = CounterMetricFamily("blaze_preemptions", "Sequences put back.", labels=labels)
+        for replica in self._view.replicas:
+            cache = replica.heartbeat.engine.kv_cache
+            if cache is None:
+                continue
+            names = [replica.heartbeat.model, replica.heartbeat.replica_id]
+            used = cache.total_tokens - cache.free_tokens - cache.kept_tokens
+            for state, tokens in (("used", used), ("kept", cache.kept_tokens), ("free", cache.free_tokens)):
+                memory.add_metric([*names, state], tokens)
+            queries.add_metric(names, cache.prefix_queries)
+            hits.add_metric(names, cache.prefix_hits)
+            preempted.add_metric(names, cache.preemptions)
+        yield from (memory, queries, hits, preempted)
 
 
 def _buckets(model: ModelCounters) -> list[tuple[str, float]]:

@@ -6,22 +6,29 @@ strict: ``"5"`` and ``true`` are not integers.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from blaze.api.messages import Message, Tool
+from blaze.checks import SEED_BOUND
 from blaze.config import field_path
 from blaze.errors import InvalidRequest
-from blaze.types import SEED_BOUND
+from blaze.sampling_params import MAX_LOGPROBS
+from blaze.types import MAX_PRIORITY
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 4096
-MAX_CHOICES = 128
+MAX_STOP_TOKENS = 128
+MAX_CHOICES = 128  # of one request, all prompts together
 MAX_IMAGES = 16
 
 Seed = Annotated[int, Field(ge=-SEED_BOUND, lt=SEED_BOUND)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+Index = Annotated[int, Field(ge=0, lt=2**31)]
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
 
 class Body(BaseModel):
@@ -41,30 +48,6 @@ class Body(BaseModel):
         return self
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | tuple[TextPart, ...] | None = None
-    name: str | None = None
-    tool_calls: tuple[dict[str, Any], ...] | None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Message:
-        if self.tool_calls:
-            raise ValueError("tool_calls are not supported by this version")
-        if self.content is None and self.role != "assistant":
-            raise ValueError("content is required")
-        return self
-
-
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
@@ -74,26 +57,26 @@ class StreamOptions(BaseModel):
 class TextBody(Body):
     """What chat and completions have in common."""
 
-    UNSUPPORTED: ClassVar[dict[str, tuple[object, ...]]] = {
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
-        "logit_bias": ({},),
-    }
-
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Seed | None = None
     stop: str | tuple[str, ...] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Count | None = None
-    ignore_eos: bool | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     user: str | None = None
+    # Under the names of transformers and vLLM.
+    top_k: Index | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    min_tokens: Index | None = None
+    stop_token_ids: Annotated[tuple[Index, ...], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    ignore_eos: bool | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
 
     @field_validator("stop")
     @classmethod
@@ -107,6 +90,14 @@ class TextBody(Body):
             if len(one) > MAX_STOP_CHARACTERS:
                 raise ValueError(f"a stop string has at most {MAX_STOP_CHARACTERS} characters")
         return stops
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _keys_are_token_ids(cls, bias: Any) -> Any:
+        """Before the values: an error there would name the client's key as if it were a field of ours."""
+        if isinstance(bias, dict) and not all(isinstance(k, str) and _TOKEN_ID.fullmatch(k) for k in bias):
+            raise ValueError("the keys must be token ids")
+        return bias
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> TextBody:
@@ -125,10 +116,7 @@ class TextBody(Body):
 
 
 class ChatCompletionRequest(TextBody):
-    UNSUPPORTED: ClassVar[dict[str, tuple[object, ...]]] = TextBody.UNSUPPORTED | {
-        "logprobs": (False,),
-        "top_logprobs": (0,),
-        "tools": ((),),
+    UNSUPPORTED: ClassVar[dict[str, tuple[object, ...]]] = {
         "tool_choice": ("none", "auto"),
         "functions": ((),),
         "response_format": ({"type": "text"},),
@@ -137,26 +125,46 @@ class ChatCompletionRequest(TextBody):
     messages: Annotated[tuple[Message, ...], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: tuple[dict[str, Any], ...] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: tuple[Tool, ...] | None = None
     tool_choice: str | dict[str, Any] | None = None
     functions: tuple[dict[str, Any], ...] | None = None
     response_format: dict[str, Any] | None = None
 
+    @model_validator(mode="after")
+    def _top_logprobs_come_with_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: only allowed with logprobs: true")
+        return self
+
 
 class CompletionRequest(TextBody):
-    UNSUPPORTED: ClassVar[dict[str, tuple[object, ...]]] = TextBody.UNSUPPORTED | {
-        "logprobs": (),
-        "echo": (False,),
-        "best_of": (1,),
-        "suffix": ("",),
-    }
+    UNSUPPORTED: ClassVar[dict[str, tuple[object, ...]]] = {"best_of": (1,), "suffix": ("",)}
 
     prompt: str | tuple[int, ...] | tuple[str, ...] | tuple[tuple[int, ...], ...]
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    max_tokens: Index | None = None  # 0: only the prompt is given back
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     suffix: str | None = None
+
+    @model_validator(mode="after")
+    def _choices_in_bounds(self) -> Self:
+        num_prompts = len(self.prompts)
+        if num_prompts > MAX_CHOICES:
+            raise ValueError(f"prompt: at most {MAX_CHOICES} prompts")
+        if num_prompts * (self.n or 1) > MAX_CHOICES:
+            raise ValueError(f"n: at most {MAX_CHOICES} choices, those of all prompts together")
+        return self
+
+    @property
+    def prompts(self) -> tuple[str | tuple[int, ...], ...]:
+        """Each a text or token ids; most requests have one."""
+        if isinstance(self.prompt, str):
+            return (self.prompt,)
+        if self.prompt and not isinstance(self.prompt[0], int):
+            return cast("tuple[str | tuple[int, ...], ...]", self.prompt)
+        return (cast("tuple[int, ...]", self.prompt),)
 
 
 class ImageGenerationRequest(Body):

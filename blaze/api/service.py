@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from blaze.errors import ErrorInfo
 from blaze.routing.dispatcher import RoutedStream
-from blaze.types import EngineKind, Request
+from blaze.types import EngineKind, Events, ReplicaId, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,24 @@ class Readiness:
     @property
     def ready(self) -> bool:
         return not self.missing
+
+
+class AnswerStream(Protocol):
+    """The answer to one HTTP request: batches of events that end with exactly one terminal event."""
+
+    @property
+    def replica_id(self) -> ReplicaId | None:
+        """The replica that answered first."""
+        ...
+
+    @property
+    def error(self) -> ErrorInfo | None:
+        """Set when the answer is nothing but an error."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[Events]: ...
+
+    async def aclose(self) -> None: ...
 
 
 class Service(Protocol):

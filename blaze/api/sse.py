@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import AsyncIterator
-from typing import Literal
+from typing import Any, Literal
 
+from blaze.api.logprobs import TextOffsets, chat_logprobs, completion_logprobs
+from blaze.api.service import AnswerStream
 from blaze.api.translate import error_object, usage_object
 from blaze.errors import EngineFailure
-from blaze.routing.dispatcher import RoutedStream
 from blaze.types import ChoiceFinished, Event, Failed, Finished, TextDelta
 
 logger = logging.getLogger(__name__)
 
 DONE = "data: [DONE]\n\n"
+
+_json = json.JSONEncoder().encode  # what json.dumps calls in the end
 
 
 class ChunkWriter:
@@ -35,6 +39,7 @@ class ChunkWriter:
         self._chat = kind == "chat"
         self._usage = usage
         self._begun: set[int] = set()
+        self._offsets: defaultdict[int, TextOffsets] = defaultdict(TextOffsets)
 
     def write(self, event: Event) -> str:
         """The event as it goes over the wire; empty for what a text stream does not show."""
@@ -50,6 +55,8 @@ class ChunkWriter:
 
     def _delta(self, event: TextDelta) -> str:
         role = self._role(event.index)
+        if event.logprobs:  # sent without text too: none may be lost
+            return role + self._with_logprobs(event)
         return role + self._choice(event.index, event.text, None) if event.text else role
 
     def _role(self, index: int) -> str:
@@ -63,13 +70,22 @@ class ChunkWriter:
 
     def _choice(self, index: int, text: str, reason: str | None) -> str:
         finish = "null" if reason is None else f'"{reason}"'
-        content = json.dumps(text)
+        content = _json(text)
         if not self._chat:
             return self._chunk(
                 f'{{"index": {index}, "text": {content}, "logprobs": null, "finish_reason": {finish}}}'
             )
         delta = f'{{"content": {content}}}' if reason is None else "{}"
         return self._chunk(f'{{"index": {index}, "delta": {delta}, "finish_reason": {finish}}}')
+
+    def _with_logprobs(self, event: TextDelta) -> str:
+        scored: dict[str, Any] = {"index": event.index}
+        if self._chat:
+            scored |= {"delta": {"content": event.text}, "logprobs": chat_logprobs(event.logprobs or ())}
+        else:
+            logprobs = completion_logprobs((event,), self._offsets[event.index])
+            scored |= {"text": event.text, "logprobs": logprobs}
+        return self._chunk(_json(scored | {"finish_reason": None}))
 
     def _chunk(self, choice: str) -> str:
         return f'{self._head}"choices": [{choice}]{self._tail}'
@@ -78,7 +94,7 @@ class ChunkWriter:
         return f'{self._head}"choices": [], "usage": {json.dumps(usage_object(event.usage))}}}\n\n'
 
 
-async def sse(stream: RoutedStream, writer: ChunkWriter) -> AsyncIterator[tuple[str, bool]]:
+async def sse(stream: AnswerStream, writer: ChunkWriter) -> AsyncIterator[tuple[str, bool]]:
     """The whole stream as (text, whether it is the last); the response that sends it also closes it."""
     try:
         async for events in stream:

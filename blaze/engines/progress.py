@@ -44,6 +44,11 @@ class StepCounter:
             with self._lock:
                 self._running -= requests
 
+    def set_running(self, requests: int) -> None:
+        """For an engine whose requests come and go between steps."""
+        with self._lock:
+            self._running = requests
+
     def step(self) -> None:
         with self._lock:
             self._steps += 1

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from blaze.clock import Clock, SystemClock
-from blaze.config import SimulatorConfig
+from blaze.engine_config import SimulatorConfig
 from blaze.errors import DeadlineExceeded, EngineFailure, InvalidRequest, ReplicaStopping
 from blaze.reports import EngineStatus
 from blaze.types import (
@@ -165,7 +165,7 @@ class SimulatorEngine:
 def _prompt_ids(prompt: Prompt) -> tuple[int, ...]:
     """Four bytes of text count as one token."""
     if isinstance(prompt, ChatPrompt):
-        size = sum(len(message.content.encode()) for message in prompt.messages)
+        size = sum(len((message.content or "").encode()) for message in prompt.messages)
     elif isinstance(prompt, TextPrompt):
         size = len(prompt.text.encode())
     else:

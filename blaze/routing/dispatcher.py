@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from blaze.checks import SEED_BOUND
 from blaze.clock import Clock
 from blaze.errors import (
     BlazeError,
@@ -27,7 +28,6 @@ from blaze.routing.pool import ReplicaCall, ReplicaPool
 from blaze.routing.replicas import Lease, Outcome, ReplicaTable
 from blaze.routing.strategies import Strategy
 from blaze.types import (
-    SEED_BOUND,
     Event,
     Events,
     Failed,

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from blaze.config import DiffusionConfig, LLMConfig, SimulatorConfig, cache_dir
+from blaze.config import cache_dir
+from blaze.engine_config import DiffusionConfig, LLMConfig, SimulatorConfig
 from blaze.engines.base import Engine
 from blaze.engines.simulator import SimulatorEngine
 from blaze.models.sources import parse_source

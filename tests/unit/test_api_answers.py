@@ -30,7 +30,12 @@ async def test_a_chat_answer_in_openais_shape() -> None:
                 "finish_reason": "stop",
             }
         ],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4},
+        "usage": {
+            "prompt_tokens": 3,
+            "completion_tokens": 1,
+            "total_tokens": 4,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
 
 
@@ -54,6 +59,18 @@ async def test_choices_are_put_together_from_their_pieces_in_order() -> None:
         (0, "aA", "stop"),
         (1, "bB", "length"),
     ]
+
+
+async def test_a_prompt_that_is_given_back_is_text_but_not_usage() -> None:
+    batches: Script = [
+        (Started((1, 2)), TextDelta(0, "Once", (1, 2), echo=True), TextDelta(0, " upon", (3,))),
+        (ChoiceFinished(0, "length"), Finished(Usage(2, 1, cached_tokens=1))),
+    ]
+    async with ApiBench(FakePool(("a",), scripts={"a": [list(batches)]})) as api:
+        body = (await api.complete(echo=True, max_tokens=1)).json()
+    assert body["choices"][0]["text"] == "Once upon"
+    assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (2, 1)
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
 
 
 async def test_an_answer_without_text_is_an_empty_string() -> None:

@@ -70,7 +70,11 @@ async def test_case_09_what_was_sent_is_never_echoed(api: ApiBench) -> None:
         await api.chat(messages=secret),
         await api.chat(temperature=secret),
         await api.chat(logit_bias={secret: "x"}),
-        await api.complete(prompt=[secret, secret]),
+        await api.chat(logit_bias={"secret": 1}),
+        await api.chat(tools=[{"type": secret}]),
+        await api.chat(messages=[{"role": "assistant", "tool_calls": [{"type": secret}]}]),
+        await api.complete(prompt=[secret, 5]),
+        await api.complete(prompt=[secret] * 200),
         await api.complete(prompt={secret: secret}),
     ):
         error_of(response)

@@ -7,25 +7,15 @@ from typing import Any
 
 import pytest
 
-from blaze.engines.llm.sequence import Sequence, Vocabulary
+from blaze.engines.llm.stopping import StopStrings
 from blaze.errors import EngineFailure
-from blaze.types import (
-    ChoiceFinished,
-    Event,
-    Events,
-    Finished,
-    Progress,
-    SamplingParams,
-    Started,
-    TextDelta,
-    Usage,
-)
+from blaze.types import ChoiceFinished, Events, Finished, Progress, Started, TextDelta, Usage
 from tests.api_bench import MESSAGES, ApiBench, chunks_of
-from tests.fakes import ByteDecoder, FakePool, Script
+from tests.fakes import FakePool, Script
 from tests.waiting import until
 
 STARTED = Started((1, 2, 3))
-FINISHED = Finished(Usage(prompt_tokens=3, completion_tokens=2))
+FINISHED = Finished(Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1))
 
 
 def answering(*batches: Events | Exception) -> ApiBench:
@@ -90,7 +80,12 @@ async def test_case_12_usage_that_was_asked_for_comes_once_and_last(path: str) -
         chunks = chunks_of(await getattr(api, path)(stream=True, stream_options={"include_usage": True}))
     *others, last = chunks
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert last["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
     assert all(chunk["usage"] is None and chunk["choices"] for chunk in others)
     assert len({chunk["id"] for chunk in chunks}) == 1
 
@@ -145,16 +140,14 @@ async def test_case_12_deltas_without_text_make_no_chunk() -> None:
 
 @pytest.mark.parametrize("stop", [["DEFGHIJ"], ["ABX", "EFGH"]])
 async def test_case_10_stream_and_whole_answer_are_equal_and_free_of_the_stop(stop: list[str]) -> None:
-    pieces = [b"", b"ABC", b"DEF", b"G", b"HI", b"J"]
-    vocabulary = Vocabulary(ByteDecoder(pieces), frozenset({0}))
-    sequence = Sequence(0, (1,), SamplingParams(stop=tuple(stop)), 100, vocabulary)
+    stops = StopStrings(stop)
     batches: Script = [(STARTED,)]
-    for token in (1, 2, 3, 4, 5):
-        events: tuple[Event, ...] = sequence.append(token)
-        batches.append(events)
-        if sequence.finish_reason:
+    for token, piece in enumerate(("ABC", "DEF", "G", "HI", "J")):
+        fed = stops.feed(piece)
+        batches.append((TextDelta(0, fed.text, (token,)),))
+        if fed.stopped:
             break
-    batches.append((FINISHED,))
+    batches.append((ChoiceFinished(0, "stop"), FINISHED))
     async with answering(*batches) as api:
         whole = (await api.chat(stop=stop)).json()["choices"][0]
         chunks = chunks_of(await api.chat(stop=stop, stream=True))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -8,17 +7,18 @@ import pytest
 from pydantic import BaseModel
 
 from blaze.api.schemas import ChatCompletionRequest, CompletionRequest, ImageGenerationRequest
-from blaze.types import ChatPrompt, GenerateRequest, ImageRequest, Request, TextPrompt, TokenPrompt
-from tests.api_bench import MESSAGES, ApiBench, assert_refused
-from tests.fakes import FakePool
-from tests.samples import image_answer
+from blaze.types import GenerateRequest, ImageRequest
+from tests.api_bench import MESSAGES
+from tests.api_requests import (
+    CHAT,
+    COMPLETION,
+    IMAGE,
+    REQUIRED,
+    assert_param_refused,
+    sent_for,
+    sent_text,
+)
 
-CHAT, COMPLETION, IMAGE = "/v1/chat/completions", "/v1/completions", "/v1/images/generations"
-REQUIRED: dict[str, dict[str, Any]] = {
-    CHAT: {"model": "m", "messages": MESSAGES},
-    COMPLETION: {"model": "m", "prompt": "hi"},
-    IMAGE: {"model": "d", "prompt": "seven"},
-}
 SCHEMAS: dict[str, type[BaseModel]] = {
     CHAT: ChatCompletionRequest,
     COMPLETION: CompletionRequest,
@@ -30,36 +30,6 @@ OPTIONAL = [
     for name in schema.model_fields
     if name not in REQUIRED[path]
 ]
-
-
-def bench() -> ApiBench:
-    return ApiBench(FakePool(("a",)), images=FakePool(("x",), scripts={"x": [image_answer(1)]}))
-
-
-def comparable(request: Request) -> Request:
-    return dataclasses.replace(request, request_id="")
-
-
-async def sent_for(path: str, **fields: Any) -> Request:
-    """What reaches a replica for a request that is accepted."""
-    async with bench() as api:
-        response = await api.post(path, {**REQUIRED[path], **fields})
-        assert response.status_code == 200, response.text
-        (request,) = api.sent
-        return comparable(request)
-
-
-async def sent_text(path: str, **fields: Any) -> GenerateRequest:
-    request = await sent_for(path, **fields)
-    assert isinstance(request, GenerateRequest)
-    return request
-
-
-async def assert_param_refused(path: str, param: str, **fields: Any) -> None:
-    async with bench() as api:
-        assert_refused(await api.post(path, {**REQUIRED[path], **fields}), param)
-        assert api.sent == [], "a refused request must not reach an engine"
-        assert (await api.post(path, REQUIRED[path])).status_code == 200
 
 
 @pytest.mark.parametrize(("path", "name"), OPTIONAL)
@@ -112,10 +82,17 @@ async def test_case_04_seeds_outside_are_refused(path: str, seed: Any) -> None:
         *(("temperature", value) for value in (-0.1, 2.1, math.nan, math.inf, "1", True)),
         *(("top_p", value) for value in (0, 1.1, -1, math.nan, math.inf)),
         *(("top_k", value) for value in (-1, 1.5, 2**31)),
+        *(("min_p", value) for value in (-0.1, 1.1, math.nan, "0")),
+        *(("repetition_penalty", value) for value in (0, -1, 10.1, math.inf)),
+        *(("min_tokens", value) for value in (-1, 1.5, 2**31, 17)),
+        *(("stop_token_ids", value) for value in (5, {}, [1] * 129)),
+        *(("stop_token_ids[1]", [0, value]) for value in (-1, 1.5, "5", True, 2**31)),
+        *(("priority", value) for value in (1001, -1001, 0.5, "high")),
         *(("n", value) for value in (0, -1, 129, 5_000_000, 1.5)),
         *(("frequency_penalty", value) for value in (2.1, math.nan)),
         *(("presence_penalty", value) for value in (-2.1, math.inf)),
-        *(("logit_bias", value) for value in ({"5": 101}, {"999999999": 5}, 5)),
+        *(("logit_bias", value) for value in ({"5": 101}, {"5": "x"}, {"5": math.nan}, 5, [[5, 1]])),
+        *(("logit_bias", {key: 1}) for key in ("abc", "-1", "1.5", "", " 5", "05", "٥", "99999999999")),
         *(("stream", value) for value in ("true", 1)),
         *(("ignore_eos", value) for value in ("no", 0)),
         ("user", 5),
@@ -123,15 +100,44 @@ async def test_case_04_seeds_outside_are_refused(path: str, seed: Any) -> None:
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETION])
 async def test_case_04_numbers_and_types_out_of_range_are_refused(path: str, name: str, value: Any) -> None:
-    await assert_param_refused(path, name, **{name: value})
+    await assert_param_refused(path, name, **{name.partition("[")[0]: value, "max_tokens": 16})
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("top_logprobs", -1), ("top_logprobs", 21), ("top_logprobs", 10**9), ("logprobs", True)],
+    [("top_logprobs", -1), ("top_logprobs", 21), ("top_logprobs", 10**9), ("logprobs", 1)],
 )
 async def test_case_04_log_probabilities_out_of_range_are_refused(name: str, value: Any) -> None:
-    await assert_param_refused(CHAT, name, **{name: value})
+    await assert_param_refused(CHAT, name, **{"logprobs": True, name: value})
+
+
+@pytest.mark.parametrize("value", [-1, 21, 10**9, True, 1.5])
+async def test_case_04_log_probabilities_of_completions_are_a_number_up_to_20(value: Any) -> None:
+    await assert_param_refused(COMPLETION, "logprobs", logprobs=value)
+
+
+@pytest.mark.parametrize("logprobs", [None, False])
+async def test_top_logprobs_need_logprobs(logprobs: bool | None) -> None:
+    await assert_param_refused(CHAT, "top_logprobs", logprobs=logprobs, top_logprobs=2)
+    assert await sent_for(CHAT, logprobs=logprobs, top_logprobs=0) == await sent_for(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "wanted"),
+    [
+        (CHAT, {}, None),
+        (CHAT, {"logprobs": False}, None),
+        (CHAT, {"logprobs": True}, 0),
+        (CHAT, {"logprobs": True, "top_logprobs": 20}, 20),
+        (COMPLETION, {}, None),
+        (COMPLETION, {"logprobs": 0}, 0),
+        (COMPLETION, {"logprobs": 20}, 20),
+    ],
+)
+async def test_log_probabilities_that_were_asked_for_reach_the_engine(
+    path: str, fields: dict[str, Any], wanted: int | None
+) -> None:
+    assert (await sent_text(path, **fields)).sampling.logprobs == wanted
 
 
 @pytest.mark.parametrize(
@@ -163,16 +169,52 @@ async def test_values_at_the_edges_are_kept(temperature: float, top_p: float) ->
     )
 
 
-@pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty"])
-async def test_what_this_version_cannot_do_is_refused_unless_it_asks_for_nothing(name: str) -> None:
-    await assert_param_refused(CHAT, name, **{name: 0.5})
-    assert await sent_for(CHAT, **{name: 0}) == await sent_for(CHAT)
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+async def test_sampling_parameters_reach_the_engine_under_their_names(path: str) -> None:
+    given: dict[str, Any] = {
+        "max_tokens": 9,
+        "top_k": 5,
+        "min_p": 0.5,
+        "repetition_penalty": 1.5,
+        "frequency_penalty": -2,
+        "presence_penalty": 2,
+        "min_tokens": 9,
+        "ignore_eos": True,
+    }
+    request = await sent_text(
+        path, **given, stop_token_ids=[7, 0], logit_bias={"7": -100, "0": 0.5}, priority=-1000
+    )
+    assert {name: getattr(request.sampling, name) for name in given} == given
+    assert request.sampling.stop_token_ids == (7, 0)
+    assert request.sampling.logit_bias == ((7, -100.0), (0, 0.5))
+    assert request.priority == -1000
 
 
-@pytest.mark.parametrize("name", ["tools", "logit_bias"])
-async def test_empty_collections_ask_for_nothing(name: str) -> None:
-    empty: Any = [] if name == "tools" else {}
-    assert await sent_for(CHAT, **{name: empty}) == await sent_for(CHAT)
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [
+        (CHAT, "tool_choice", "required"),
+        (CHAT, "tool_choice", {"type": "function", "function": {"name": "look"}}),
+        (CHAT, "functions", [{"name": "look"}]),
+        (CHAT, "response_format", {"type": "json_object"}),
+        (COMPLETION, "best_of", 2),
+        (COMPLETION, "suffix", "end"),
+    ],
+)
+async def test_what_this_version_cannot_do_is_refused(path: str, name: str, value: Any) -> None:
+    await assert_param_refused(path, name, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"tools": [], "tool_choice": "auto", "functions": [], "response_format": {"type": "text"}}),
+        (CHAT, {"tool_choice": "none", "logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0}),
+        (COMPLETION, {"best_of": 1, "suffix": "", "echo": False, "stop_token_ids": [], "priority": 0}),
+    ],
+)
+async def test_values_that_ask_for_nothing_change_nothing(path: str, fields: dict[str, Any]) -> None:
+    assert await sent_for(path, **fields) == await sent_for(path)
 
 
 # --- Stop strings ------------------------------------------------------------------------------------
@@ -199,62 +241,7 @@ async def test_case_10_stop_strings_that_cannot_be_are_refused(path: str, stop: 
     await assert_param_refused(path, "stop", stop=stop)
 
 
-# --- Prompts -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("messages", "param"),
-    [
-        ({}, "messages"),
-        ([], "messages"),
-        ("hi", "messages"),
-        ([5], "messages[0]"),
-        ([{"role": "banana", "content": "x"}], "messages[0].role"),
-        ([*MESSAGES, {"role": "user"}], "messages[1]"),
-        ([{"role": "user", "content": 5}], "messages[0].content"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content"),
-    ],
-)
-async def test_case_08_messages_of_a_wrong_shape_are_refused(messages: Any, param: str) -> None:
-    await assert_param_refused(CHAT, param, messages=messages)
-
-
-async def test_case_08_every_role_and_an_empty_assistant_turn_are_accepted() -> None:
-    roles = ["system", "developer", "user", "assistant", "tool"]
-    messages: list[dict[str, Any]] = [{"role": role, "content": "", "name": "bob"} for role in roles]
-    messages.append({"role": "assistant", "content": None})
-    request = await sent_text(CHAT, messages=messages)
-    assert isinstance(request.prompt, ChatPrompt)
-    assert [message.role for message in request.prompt.messages] == [*roles, "assistant"]
-    assert {message.content for message in request.prompt.messages} == {""}
-    assert request.prompt.messages[0].name == "bob"
-
-
-async def test_text_parts_are_joined() -> None:
-    parts = [{"type": "text", "text": "Hello, "}, {"type": "text", "text": "world"}]
-    request = await sent_text(CHAT, messages=[{"role": "user", "content": parts}])
-    assert isinstance(request.prompt, ChatPrompt)
-    assert request.prompt.messages[0].content == "Hello, world"
-
-
-@pytest.mark.parametrize(
-    ("prompt", "meant"),
-    [
-        ("a", TextPrompt("a")),
-        (["a"], TextPrompt("a")),
-        ([1, 2], TokenPrompt((1, 2))),
-        ([[1, 2]], TokenPrompt((1, 2))),
-    ],
-)
-async def test_a_prompt_may_be_text_or_tokens_also_in_a_list_of_one(prompt: Any, meant: Any) -> None:
-    assert (await sent_text(COMPLETION, prompt=prompt)).prompt == meant
-
-
-@pytest.mark.parametrize(
-    "prompt", [["a", "b"], [[1], [2]], [1, "a"], [1.5], [True], 5, None, ["x"] * 100_000, [[["a"]]]]
-)
-async def test_case_04_prompts_that_are_not_one_prompt_are_refused(prompt: Any) -> None:
-    await assert_param_refused(COMPLETION, "prompt", prompt=prompt)
+# --- Limits and images -----------------------------------------------------------------------------
 
 
 async def test_the_limit_is_16_tokens_for_completions_and_open_for_chat() -> None:

@@ -100,11 +100,45 @@ def test_case_27_a_wrong_setting_is_named_with_its_path(args: dict[str, Any], pa
         ({"simulator": {"tokens": 1.5}}, "models[1].simulator.tokens: "),
         ({"engine": "llm", "source": "x", "llm": {"max_batch_size": 0}}, "models[1].llm.max_batch_size: "),
         ({"engine": "llm", "source": "x", "llm": {"dtype": "int3"}}, "models[1].llm.dtype: "),
+        ({"engine": "llm", "source": "x", "llm": {"runner": "vllm"}}, "models[1].llm.runner: "),
+        ({"engine": "llm", "source": "x", "llm": {"quantization": "int3"}}, "models[1].llm.quantization: "),
+        ({"engine": "llm", "source": "x", "llm": {"compile": 1}}, "models[1].llm.compile: "),
         ({"engine": "diffusion", "source": "x", "diffusion": {"steps": 1}}, "models[1].diffusion.steps: "),
     ],
 )
 def test_case_27_a_wrong_field_of_a_model_is_named_with_its_path(fields: dict[str, Any], path: str) -> None:
     assert model_refusal(**fields).startswith(path)
+
+
+CACHE_MEMORY = "must be bytes, at least 1048576, or a fraction of free memory between 0 and 1"
+
+
+@pytest.mark.parametrize(
+    ("memory", "shown"),
+    [
+        (0, "0"),
+        (-1, "-1"),
+        (1, "1"),
+        (2**20 - 1, "1048575"),
+        (0.0, "0.0"),
+        (1.0, "1.0"),
+        (1.5, "1.5"),
+        (2e9, "2000000000.0"),
+        (math.nan, "nan"),
+        ("3", "'3'"),
+        ("1GiB", "'1GiB'"),
+        (True, "True"),
+    ],
+)
+def test_case_27_a_wrong_cache_memory_is_told_once(memory: object, shown: str) -> None:
+    message = model_refusal(engine="llm", source="x", llm={"kv_cache_memory": memory})
+    assert message == f"models[1].llm.kv_cache_memory: {CACHE_MEMORY} (got {shown})"
+
+
+@pytest.mark.parametrize("memory", [None, [], {"bytes": 2**20}])
+def test_case_27_a_cache_memory_that_is_no_number_is_told_once(memory: object) -> None:
+    message = model_refusal(engine="llm", source="x", llm={"kv_cache_memory": memory})
+    assert message == f"models[1].llm.kv_cache_memory: {CACHE_MEMORY}"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +156,8 @@ def test_case_27_a_wrong_field_of_a_model_is_named_with_its_path(fields: dict[st
         ({"replicas": 2, "autoscaling": {}}, "autoscaling"),
         ({"autoscaling": {"target_in_flight": 4}, "max_in_flight": 4}, "autoscaling.target_in_flight"),
         ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "min_replicas"),
+        ({"engine": "llm", "source": "x", "llm": {"max_batch_tokens": 16}}, "max_batch_tokens"),
+        ({"engine": "llm", "source": "x", "llm": {"max_batch_size": 513}}, "max_batch_tokens"),
     ],
 )
 def test_case_27_fields_that_do_not_fit_together_are_named(fields: dict[str, Any], names: str) -> None:
@@ -201,6 +237,13 @@ def test_math_threads_follow_the_cpus_unless_set(fields: dict[str, Any], threads
     assert parse_model(engine="llm", source="x", **fields).models[1].threads == threads
 
 
+@pytest.mark.parametrize("memory", [2**20, 2**33, 0.2, 1e-6, 0.999])
+def test_cache_memory_is_bytes_or_a_share(memory: float) -> None:
+    model = parse_model(engine="llm", source="x", llm={"kv_cache_memory": memory}).models[1]
+    assert model.llm_options.kv_cache_memory == memory
+    assert type(model.llm_options.kv_cache_memory) is type(memory)
+
+
 def test_replica_ranks_may_come_as_json_keys() -> None:
     model = parse_model(simulator={"slowdown": {"1": 5}, "hang": {2: 0.5}}).models[1]
     assert model.simulator_options.slowdown == {1: 5.0}
@@ -211,6 +254,9 @@ def test_engines_have_default_options() -> None:
     model = parse_model(engine="llm", source="org/model").models[1]
     assert model.engine is EngineKind.LLM
     assert (model.llm_options.dtype, model.llm_options.max_batch_size) == ("auto", 32)
+    assert (model.llm_options.runner, model.llm_options.quantization) == ("auto", "none")
+    assert (model.llm_options.max_batch_tokens, model.llm_options.kv_cache_memory) == (512, 0.2)
+    assert model.llm_options.prefix_caching
     assert model.diffusion_options.max_batch_size == 8
 
 

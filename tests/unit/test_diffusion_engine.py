@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blaze.config import DiffusionConfig
+from blaze.engine_config import DiffusionConfig
 from blaze.engines.diffusion import engine as engine_module
 from blaze.engines.diffusion.engine import DiffusionEngine
 from blaze.engines.diffusion.images import encode, to_image

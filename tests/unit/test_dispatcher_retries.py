@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from blaze.checks import SEED_BOUND
 from blaze.errors import (
     BlazeError,
     Cancelled,
@@ -15,16 +16,7 @@ from blaze.errors import (
     ReplicaStopping,
     ReplicaUnreachable,
 )
-from blaze.types import (
-    SEED_BOUND,
-    Event,
-    Failed,
-    GenerateRequest,
-    ImageRequest,
-    Progress,
-    Request,
-    Started,
-)
+from blaze.types import Event, Failed, GenerateRequest, ImageRequest, Progress, Request, Started
 from tests.fakes import FakePool, Script, answer
 from tests.routing_bench import RoutingBench
 from tests.samples import image_answer, image_request, terminals, text_of, text_request

@@ -79,7 +79,7 @@ EVENTS: list[Event] = [
     ChoiceFinished(0, "length"),
     ImageReady(0, b"\x00\xff", "webp", 8, 16, -1),
     Progress(1, 20),
-    Finished(Usage(1, 2, 3)),
+    Finished(Usage(prompt_tokens=1, completion_tokens=2, images=3, cached_tokens=4)),
     Failed(errors.EngineFailure("broke").info),
 ]
 

@@ -4,13 +4,16 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from blaze.config import LLMConfig
+from blaze.engine_config import LLMConfig
 from blaze.engines.llm import engine as engine_module
 from blaze.engines.llm.engine import LLMEngine
+from blaze.engines.llm.scheduler import Work
 from blaze.models.sources import HubSource
 from blaze.types import (
     ChoiceFinished,
@@ -23,7 +26,7 @@ from blaze.types import (
     TokenPrompt,
     Usage,
 )
-from tests.fake_models import ScriptedRunner, fake_model
+from tests.fake_models import ScriptedRunner, fake_served
 from tests.fakes import FakeClock
 from tests.samples import collect, image_request, terminals, text_of, text_request
 from tests.waiting import until_status
@@ -43,12 +46,15 @@ class Gate:
 
 
 class EngineBench:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, max_batch_size: int = 8) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, max_batch_size: int = 8, kv_tokens: int = 4096
+    ) -> None:
         self.gate = Gate()
         self.clock = FakeClock()
         self.runner = ScriptedRunner(SCRIPTS, before_step=self.gate)
-        monkeypatch.setattr(engine_module, "load_model", lambda *_args: fake_model())
-        monkeypatch.setattr(engine_module, "StaticBatchRunner", lambda _model: self.runner)
+        monkeypatch.setattr(
+            engine_module, "load", lambda *_args: fake_served(self.runner, kv_tokens=kv_tokens)
+        )
         self.engine = LLMEngine(
             HubSource("org/model"),
             LLMConfig(max_batch_size=max_batch_size),
@@ -119,7 +125,7 @@ async def test_choices_of_one_request_are_rows_of_one_batch(bench: EngineBench) 
     assert [text_of(events, index) for index in range(3)] == ["AB"] * 3
     assert {e.index for e in events if isinstance(e, ChoiceFinished)} == {0, 1, 2}
     assert events[-1] == Finished(Usage(prompt_tokens=1, completion_tokens=9))
-    assert bench.runner.batch_sizes[0] == 3
+    assert max(bench.runner.batch_sizes) == 3
 
 
 async def test_a_batch_never_has_more_rows_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +174,7 @@ async def test_case_16_a_request_cancelled_while_it_waits_is_never_computed(benc
     assert sum(bench.runner.batch_sizes) == len("AB") + 1 + len("endings") + 1
 
 
-async def test_case_16_a_failing_model_fails_the_batch_once_and_the_next_one_is_served(
+async def test_case_16_a_failing_step_fails_its_requests_and_the_next_one_is_served(
     bench: EngineBench,
 ) -> None:
     def explode() -> None:
@@ -267,16 +273,9 @@ async def test_an_image_request_is_refused(bench: EngineBench) -> None:
 
 
 async def test_case_28_the_same_seed_gives_the_same_answer_whatever_else_is_in_the_batch(
-    bench: EngineBench, monkeypatch: pytest.MonkeyPatch
+    bench: EngineBench,
 ) -> None:
-    flat = bench.runner._logits
-
-    def undecided():  # type: ignore[no-untyped-def]
-        logits = flat()
-        logits.fill_(0.0)
-        return logits
-
-    monkeypatch.setattr(bench.runner, "_logits", undecided)
+    bench.runner.shape = lambda logits, _work: logits.zero_()
     request = text_request(TextPrompt("d"), seed=99, max_tokens=8, n=2)
     (alone,) = await bench.together(request)
     other = text_request(TextPrompt("d"), seed=1, max_tokens=8)
@@ -284,3 +283,107 @@ async def test_case_28_the_same_seed_gives_the_same_answer_whatever_else_is_in_t
     ids = [[(e.index, e.token_ids) for e in events if isinstance(e, TextDelta)] for events in (alone, beside)]
     assert ids[0] == ids[1]
     assert text_of(alone, 0) != text_of(alone, 1)
+
+
+# --- Continuous batching -------------------------------------------------------------------------------
+
+
+async def test_a_request_that_arrives_joins_the_running_batch(bench: EngineBench) -> None:
+    long, short = await bench.together(text_request(TextPrompt("d")), text_request(TextPrompt("e")))
+    assert (text_of(long), text_of(short)) == ("d" * 60, "AB")
+    assert bench.runner.batch_sizes[0] == 1
+    assert bench.runner.batch_sizes[1] == 3, "both join at the step after their arrival"
+
+
+async def test_a_prompt_that_begins_alike_is_not_computed_again(bench: EngineBench) -> None:
+    prompt = TextPrompt("c" + "x" * 20)
+    first = await collect(bench.engine.run(text_request(prompt)))
+    again = await collect(bench.engine.run(text_request(prompt)))
+    assert text_of(first) == text_of(again) == "endings"
+    assert isinstance(first[-1], Finished)
+    assert isinstance(again[-1], Finished)
+    assert (first[-1].usage.cached_tokens, again[-1].usage.cached_tokens) == (0, 20)
+    cache = (await bench.engine.get_health_status()).kv_cache
+    assert cache is not None
+    assert (cache.prefix_queries, cache.prefix_hits) == (42, 20)
+
+
+async def test_a_preemption_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = EngineBench(monkeypatch, kv_tokens=128)  # two of the longest sequences
+    await bench.engine.start()
+    answers = await bench.together(*[text_request(TextPrompt("d"), seed=seed) for seed in range(5)])
+    assert [text_of(events) for events in answers] == ["d" * 60] * 5
+    assert [len(terminals(events)) for events in answers] == [1] * 5
+    cache = (await bench.engine.get_health_status()).kv_cache
+    assert cache is not None
+    assert cache.preemptions > 0
+    await bench.engine.stop()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3, 9])
+async def test_an_answer_goes_on_from_the_tokens_that_it_has(bench: EngineBench, cut: int) -> None:
+    sampling = text_request(TextPrompt("a"), stop=("X t",), max_tokens=8)
+    whole = await collect(bench.engine.run(sampling))
+    ids = [token for event in whole if isinstance(event, TextDelta) for token in event.token_ids]
+    cut = min(cut, len(ids) - 1)
+    resumed = await collect(bench.engine.run(replace(sampling, generated=(tuple(ids[:cut]),))))
+    deltas = [event for event in whole if isinstance(event, TextDelta)]
+    assert [event for event in resumed if isinstance(event, TextDelta)] == deltas[cut:]
+    assert resumed[-2:] == whole[-2:], "the same end, and usage that counts all of the output"
+
+
+async def test_the_prompt_comes_back_with_its_log_probabilities(bench: EngineBench) -> None:
+    request = text_request(TextPrompt("cab"), echo=True, logprobs=1, max_tokens=2, temperature=0.0)
+    events = await collect(bench.engine.run(request))
+    echo = events[1]
+    assert isinstance(echo, TextDelta)
+    assert (echo.text, echo.token_ids, echo.echo) == ("cab", (99, 97, 98), True)
+    assert echo.logprobs is not None
+    assert [token.logprob for token in echo.logprobs] == [None, 0.0, 0.0]
+    assert text_of(events[2:]) == "en"
+    assert events[-1] == Finished(Usage(prompt_tokens=3, completion_tokens=2))
+
+
+async def test_the_prompt_alone_can_be_asked_for(bench: EngineBench) -> None:
+    events = await collect(bench.engine.run(text_request(TextPrompt("cab"), echo=True, max_tokens=0)))
+    assert [type(event) for event in events] == [Started, TextDelta, ChoiceFinished, Finished]
+    assert events[-1] == Finished(Usage(prompt_tokens=3, completion_tokens=0))
+
+
+async def test_a_row_that_is_no_number_fails_alone_and_leaves_nothing_behind(bench: EngineBench) -> None:
+    def poison(logits: torch.Tensor, work: Work) -> None:
+        if chr(work.sequence.token_ids[0]) == "b" and work.sequence.num_generated == 2:
+            logits.fill_(float("nan"))
+
+    bench.runner.shape = poison
+    bad, good = await bench.together(text_request(TextPrompt("b")), text_request(TextPrompt("c")))
+    assert isinstance(bad[-1], Failed)
+    assert bad[-1].error.code == "non_finite_output"
+    assert text_of(good) == "endings"
+    assert len(bench.runner.store.cleared) == 1
+
+
+async def test_an_engine_whose_steps_all_fail_says_so(bench: EngineBench) -> None:
+    def explode() -> None:
+        raise RuntimeError("the device is gone")
+
+    bench.runner.before_step = explode
+    for _ in range(3):
+        events = await collect(bench.engine.run(text_request(TextPrompt("c"))))
+        assert isinstance(events[-1], Failed)
+        assert events[-1].error.retryable
+    await until_status(bench.engine, state="failed")
+    (refused,) = await collect(bench.engine.run(text_request(TextPrompt("c"))))
+    assert isinstance(refused, Failed)
+    assert refused.error.replica_gone
+
+
+async def test_lower_priority_numbers_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = EngineBench(monkeypatch, max_batch_size=1)
+    await bench.engine.start()
+    order: list[str] = []
+    bench.runner.shape = lambda _logits, work: order.append(chr(work.sequence.token_ids[0]))
+    late, early = text_request(TextPrompt("c")), replace(text_request(TextPrompt("e")), priority=-1)
+    await bench.together(late, early)
+    assert "".join(dict.fromkeys(order)) == "fec"
+    await bench.engine.stop()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from blaze.config import SimulatorConfig
+from blaze.engine_config import SimulatorConfig
 from blaze.engines.simulator import SimulatorEngine
 from blaze.types import (
     ChoiceFinished,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blaze.clock import Clock
-from blaze.config import DiffusionConfig
+from blaze.engine_config import DiffusionConfig
 from blaze.engines.channel import EventChannel
 from blaze.engines.diffusion.images import encode, to_image
 from blaze.engines.diffusion.pipelines import (

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from blaze.config import DiffusionConfig
+from blaze.checks import SEED_BOUND
+from blaze.engine_config import DiffusionConfig
 from blaze.engines.diffusion.images import Pixels
 from blaze.engines.torch_setup import choose_device, choose_dtype, set_threads
 from blaze.errors import InvalidRequest, ModelSourceError
 from blaze.models.cache import local_model
 from blaze.models.sources import GGUFSource, HubSource, ModelSource
-from blaze.types import SEED_BOUND, ImageRequest
+from blaze.types import ImageRequest
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

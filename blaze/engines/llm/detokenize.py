@@ -20,7 +20,7 @@ class Decoder(Protocol):
 
 class IncrementalDetokenizer:
     def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+        self.decoder = decoder
         self._window: list[int] = []  # ids from a place on at which no character is cut in two
         self._context = 0  # how many of them are there for the sake of those after them only
         self._given = 0  # characters of the window's text that were given out
@@ -30,7 +30,7 @@ class IncrementalDetokenizer:
         """The text that this token completes; empty while a character is unfinished."""
         self._window.append(token_id)
         self._waiting += 1
-        text = self._decoder.decode(self._window)
+        text = self.decoder.decode(self._window)
         complete = text.rstrip(_UNFINISHED)
         if len(complete) == len(text) or self._waiting >= _MAX_UNFINISHED_TOKENS:
             new = text[self._given :]
@@ -38,7 +38,7 @@ class IncrementalDetokenizer:
             # The next window starts at the tokens just given out: enough context for what follows.
             self._window = self._window[self._context :]
             self._context = len(self._window)
-            self._given = len(self._decoder.decode(self._window))
+            self._given = len(self.decoder.decode(self._window))
             return new
         new = complete[self._given :]
         if new:
@@ -48,6 +48,6 @@ class IncrementalDetokenizer:
 
     def flush(self) -> str:
         """What an unfinished character left behind."""
-        new = self._decoder.decode(self._window)[self._given :]
+        new = self.decoder.decode(self._window)[self._given :]
         self._window, self._context, self._given, self._waiting = [], 0, 0, 0
         return new

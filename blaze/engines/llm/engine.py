@@ -1,4 +1,4 @@
-"""The LLM engine: requests wait, a compute thread takes as many as fit and generates them as one batch."""
+"""The LLM engine: requests are checked as they come, and join the running batch at its next step."""
 
 from __future__ import annotations
 
@@ -6,59 +6,40 @@ import asyncio
 import logging
 import queue
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from blaze.clock import Clock
-from blaze.config import LLMConfig
+from blaze.engine_config import LLMConfig
 from blaze.engines.channel import EventChannel
-from blaze.engines.llm.model import LoadedModel, load_model
+from blaze.engines.llm.choice import Choice
+from blaze.engines.llm.job import Job
+from blaze.engines.llm.loading import ServedModel, load
+from blaze.engines.llm.loop import EngineBroken, EngineLoop
 from blaze.engines.llm.prompts import PromptEncoder
-from blaze.engines.llm.runner import StaticBatchRunner
-from blaze.engines.llm.sampling import sample, uniform
+from blaze.engines.llm.scheduler import rank
 from blaze.engines.llm.sequence import Sequence
 from blaze.engines.threaded import ThreadedEngine
-from blaze.errors import BlazeError, DeadlineExceeded, EngineFailure, InvalidRequest, ReplicaStopping
+from blaze.errors import BlazeError, EngineFailure, InvalidRequest, ReplicaStopping
 from blaze.models.sources import ModelSource
-from blaze.types import EngineKind, Failed, Finished, GenerateRequest, Request, Started, Usage
+from blaze.reports import EngineStatus, KVCacheStatus
+from blaze.types import EngineKind, GenerateRequest, Request, TokenId
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(eq=False)
-class _Job:
-    """One request on its way through the engine."""
-
-    prompt_ids: tuple[int, ...]
-    sequences: list[Sequence]
-    channel: EventChannel
-    deadline: float | None
-    open: bool = field(default=True)
-
-    def fail(self, error: BlazeError) -> None:
-        self.channel.put(Failed(error.info))
-        self.open = False
-
-    def close_if_over(self, now: float) -> None:
-        """End a job whose reader left, whose time is up, or whose choices are all finished."""
-        if self.channel.abandoned:
-            self.open = False
-        elif self.deadline is not None and now >= self.deadline:
-            self.fail(DeadlineExceeded("The deadline passed before the answer was complete."))
-        elif all(sequence.finish_reason for sequence in self.sequences):
-            generated = sum(sequence.num_generated for sequence in self.sequences)
-            self.channel.put(Finished(Usage(prompt_tokens=len(self.prompt_ids), completion_tokens=generated)))
-            self.open = False
+_AGING_S = 10.0  # of waiting, worth as much as one level of priority
 
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    model: LoadedModel
+    served: ServedModel
     encoder: PromptEncoder
+    loop: EngineLoop
 
 
-class LLMEngine(ThreadedEngine[_Job, _Loaded]):
-    """Static batches: requests that arrive while a batch runs wait for its end."""
+class LLMEngine(ThreadedEngine[Job, _Loaded]):
+    """Continuous batching: see :mod:`blaze.engines.llm.loop`."""
 
     kind = EngineKind.LLM
 
@@ -76,22 +57,48 @@ class LLMEngine(ThreadedEngine[_Job, _Loaded]):
         self._options = options
         self._threads = threads
         self._cache = cache
-        self._held: _Job | None = None  # taken from the queue, but too large for the batch at hand
+        self._serial = count()
         # One thread for all encoding: a fast tokenizer is not safe on several.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
     def _load(self) -> _Loaded:
-        model = load_model(self._source, self._options, self._threads, self._cache)
+        served = load(self._source, self._options, self._threads, self._cache)
+        model = served.model
         encoder = PromptEncoder(
             model.tokenizer, vocabulary_size=model.vocabulary_size, max_model_len=model.max_model_len
         )
-        return _Loaded(model, encoder)
+        loop = EngineLoop(
+            served.runner,
+            served.cache,
+            self._clock,
+            max_batch_size=self._options.max_batch_size,
+            max_batch_tokens=self._options.max_batch_tokens,
+            on_step=self._progress.step,
+        )
+        return _Loaded(served, encoder, loop)
 
     async def stop(self) -> None:
         await super().stop()
         self._encoding.shutdown(wait=False)
 
-    async def _admit(self, loaded: _Loaded, request: Request) -> _Job:
+    async def get_health_status(self) -> EngineStatus:
+        status = await super().get_health_status()
+        if self._loaded is None:
+            return status
+        cache, scheduler = self._loaded.served.cache, self._loaded.loop.scheduler
+        return replace(
+            status,
+            kv_cache=KVCacheStatus(
+                total_tokens=cache.total_tokens,
+                free_tokens=cache.free_tokens,
+                kept_tokens=cache.kept_tokens,
+                prefix_queries=cache.counters.queries,
+                prefix_hits=cache.counters.hits,
+                preemptions=scheduler.preemptions,
+            ),
+        )
+
+    async def _admit(self, loaded: _Loaded, request: Request) -> Job:
         if not isinstance(request, GenerateRequest):
             raise InvalidRequest("This model generates text, not images.", param="model")
         sampling = request.sampling
@@ -99,93 +106,57 @@ class LLMEngine(ThreadedEngine[_Job, _Loaded]):
             raise InvalidRequest(
                 f"n: at most {self._options.max_batch_size} choices for this model.", param="n"
             )
-        deadline = None if request.timeout_s is None else self._clock.now() + request.timeout_s
-        loop = asyncio.get_running_loop()
-        prompt_ids = await loop.run_in_executor(self._encoding, loaded.encoder.encode, request)
+        arrival = self._clock.now()
+        prompt_ids = await asyncio.get_running_loop().run_in_executor(
+            self._encoding, loaded.encoder.encode, request
+        )
         self._ready()  # it may have stopped in the meantime
-        room = loaded.model.max_model_len - len(prompt_ids)
+        deadline = None if request.timeout_s is None else arrival + request.timeout_s
+        return Job(prompt_ids, self._choices(loaded, request, prompt_ids, arrival), EventChannel(), deadline)
+
+    def _choices(
+        self, loaded: _Loaded, request: GenerateRequest, prompt_ids: tuple[TokenId, ...], arrival: float
+    ) -> tuple[Choice, ...]:
+        model, sampling = loaded.served.model, request.sampling
+        room = model.max_model_len - len(prompt_ids)
         limit = room if sampling.max_tokens is None else sampling.max_tokens
-        vocabulary = loaded.model.vocabulary
-        sequences = [Sequence(index, prompt_ids, sampling, limit, vocabulary) for index in range(sampling.n)]
-        return _Job(prompt_ids, sequences, EventChannel(), deadline)
+        serial = next(self._serial)
+        choices: list[Choice] = []
+        for index in range(sampling.n):
+            sequence = Sequence(
+                prompt_ids,
+                rank(arrival, request.priority, serial, index, aging_s=_AGING_S),
+                generated=request.generated[index] if request.generated else (),
+                leader=choices[0].sequence if choices else None,
+                needs_all_logits=sampling.echo and sampling.logprobs is not None,
+            )
+            choices.append(Choice(index, sequence, sampling, limit, model.vocabulary))
+        return tuple(choices)
 
     # --- The compute thread ------------------------------------------------------------------------
 
     def _work(self, loaded: _Loaded) -> None:
+        loop = loaded.loop
+        end: BlazeError = ReplicaStopping("The replica is shutting down.")
         try:
             while not self._stopping.is_set():
-                jobs = self._next_batch()
-                if jobs:
-                    self._run_batch(loaded.model, jobs)
+                self._take_new(loop)
+                step = loop.schedule()
+                self._progress.set_running(loop.num_running_jobs)
+                loop.execute(step)
+                self._progress.set_running(loop.num_running_jobs)
+        except EngineBroken:
+            logger.exception("the engine gives up")  # its status says failed from here on
+            end = EngineFailure("The engine has failed.")
         finally:
-            if self._held is not None:
-                self._waiting.put(self._held)
+            loop.end(end)
 
-    def _next_batch(self) -> list[_Job]:
-        """Wait for a request, then take all that wait and fit. Empty when there is nothing left to do."""
-        jobs: list[_Job] = []
-        rows = 0
-        job = self._held or self._waiting.get()
-        self._held = None
-        while job is not None:
-            job.close_if_over(self._clock.now())
-            if job.open:
-                rows += len(job.sequences)
-                if jobs and rows > self._options.max_batch_size:
-                    self._held = job
-                    break
-                jobs.append(job)
-            try:
+    def _take_new(self, loop: EngineLoop) -> None:
+        """All that wait; when there is nothing else to do, wait for one."""
+        try:
+            job = self._waiting.get(block=loop.num_jobs == 0)
+            while job is not None:
+                loop.add(job)
                 job = self._waiting.get_nowait()
-            except queue.Empty:
-                break
-        return jobs
-
-    def _run_batch(self, model: LoadedModel, jobs: list[_Job]) -> None:
-        try:
-            with self._progress.running(len(jobs)):
-                self._generate(StaticBatchRunner(model.model), jobs)
-        except Exception as error:
-            logger.exception("a batch of %d requests failed", len(jobs))
-            for job in jobs:
-                if job.open:
-                    job.fail(EngineFailure(f"The engine failed in this batch: {type(error).__name__}."))
-
-    def _generate(self, runner: StaticBatchRunner, jobs: list[_Job]) -> None:
-        rows = [(job, sequence) for job in jobs for sequence in job.sequences]
-        logits = runner.prefill([sequence.prompt_ids for _, sequence in rows])
-        for job in jobs:
-            job.channel.put(Started(job.prompt_ids))
-        while True:
-            tokens = sample(
-                logits,
-                [sequence.sampling for _, sequence in rows],
-                [uniform(s.sampling.seed or 0, s.index, s.num_generated) for _, s in rows],
-            )
-            for (job, sequence), token in zip(rows, tokens, strict=True):
-                self._append(job, sequence, token)
-            self._progress.step()
-            now = self._clock.now()
-            for job in jobs:
-                if job.open:
-                    job.close_if_over(now)
-                if job.open and self._stopping.is_set():
-                    job.fail(ReplicaStopping("The replica is shutting down."))
-            going = [
-                row for row, (job, sequence) in enumerate(rows) if job.open and not sequence.finish_reason
-            ]
-            if not going:
-                return
-            if len(going) < len(rows):
-                runner.keep(going)
-                rows = [rows[row] for row in going]
-                tokens = [tokens[row] for row in going]
-            logits = runner.decode(tokens)
-
-    def _append(self, job: _Job, sequence: Sequence, token: int) -> None:
-        """What goes wrong with one request's text is that request's failure, not the batch's."""
-        try:
-            job.channel.put(*sequence.append(token))
-        except Exception as error:
-            logger.exception("a request failed in the middle of its batch")
-            job.fail(EngineFailure(f"The engine failed on this request: {type(error).__name__}."))
+        except queue.Empty:
+            pass

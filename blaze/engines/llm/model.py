@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blaze.config import LLMConfig
-from blaze.engines.llm.sequence import Vocabulary
+from blaze.engine_config import LLMConfig
+from blaze.engines.llm.vocabulary import TextDecoder, TokenizerNames, Vocabulary
 from blaze.engines.torch_setup import choose_device, choose_dtype, set_threads
 from blaze.errors import ConfigError, ModelSourceError
 from blaze.models.cache import local_model
@@ -25,19 +24,6 @@ class LoadedModel:
     vocabulary: Vocabulary
     vocabulary_size: int
     max_model_len: int
-
-
-class _TextDecoder:
-    """Token ids to text without special tokens, exactly as they were written."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
 
 
 def load_model(source: ModelSource, options: LLMConfig, threads: int, cache: Path) -> LoadedModel:
@@ -62,7 +48,7 @@ def load_model(source: ModelSource, options: LLMConfig, threads: int, cache: Pat
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        vocabulary=Vocabulary(_TextDecoder(tokenizer), eos_ids(model, tokenizer)),
+        vocabulary=Vocabulary(TextDecoder(tokenizer), TokenizerNames(tokenizer), eos_ids(model, tokenizer)),
         vocabulary_size=text_config.vocab_size,
         max_model_len=_context(text_config, options.max_model_len),
     )

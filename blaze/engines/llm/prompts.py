@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from blaze.errors import ContextLengthExceeded, InvalidRequest
-from blaze.types import ChatMessage, ChatPrompt, GenerateRequest, Prompt, TextPrompt
+from blaze.types import ChatMessage, ChatPrompt, GenerateRequest, Prompt, TextPrompt, TokenId
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,46 +23,52 @@ class PromptEncoder:
         self._vocabulary_size = vocabulary_size
         self._max_model_len = max_model_len
 
-    def encode(self, request: GenerateRequest) -> tuple[int, ...]:
+    def encode(self, request: GenerateRequest) -> tuple[TokenId, ...]:
         """Token ids of the prompt.
 
-        Raises :class:`InvalidRequest` for an empty prompt, ids out of the vocabulary and whatever the
-        chat template raises, and :class:`ContextLengthExceeded` when prompt and requested output do
-        not fit the context.
+        Raises :class:`InvalidRequest` for an empty prompt, ids out of the vocabulary (also those of the
+        sampling parameters) and whatever the chat template raises, and :class:`ContextLengthExceeded`
+        when prompt and requested output do not fit the context.
         """
+        sampling = request.sampling
+        self._check_known(sampling.stop_token_ids, "stop_token_ids")
+        self._check_known((token for token, _ in sampling.logit_bias), "logit_bias")
         ids = self._ids(request.prompt)
         param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
         if not ids:
             raise InvalidRequest("The prompt is empty.", param=param)
-        requested = request.sampling.max_tokens
-        if len(ids) + max(requested or 0, 1) > self._max_model_len:
+        requested = sampling.min_tokens or None if sampling.max_tokens is None else sampling.max_tokens
+        if len(ids) + (1 if requested is None else requested) > self._max_model_len:
             raise ContextLengthExceeded(
                 limit=self._max_model_len, prompt_tokens=len(ids), requested_tokens=requested, param=param
             )
         return ids
 
-    def _ids(self, prompt: Prompt) -> tuple[int, ...]:
+    def _check_known(self, token_ids: Iterable[TokenId], param: str) -> None:
+        for token in token_ids:
+            if not 0 <= token < self._vocabulary_size:
+                raise InvalidRequest(
+                    f"Token id {token} is not in the vocabulary of {self._vocabulary_size}.", param=param
+                )
+
+    def _ids(self, prompt: Prompt) -> tuple[TokenId, ...]:
         if isinstance(prompt, ChatPrompt):
             return self._chat_ids(prompt)
         if isinstance(prompt, TextPrompt):
             return tuple(self._tokenizer(prompt.text)["input_ids"])
-        for token in prompt.token_ids:
-            if not 0 <= token < self._vocabulary_size:
-                raise InvalidRequest(
-                    f"Token id {token} is not in the vocabulary of {self._vocabulary_size}.", param="prompt"
-                )
+        self._check_known(prompt.token_ids, "prompt")
         return prompt.token_ids
 
-    def _chat_ids(self, prompt: ChatPrompt) -> tuple[int, ...]:
+    def _chat_ids(self, prompt: ChatPrompt) -> tuple[TokenId, ...]:
         from jinja2.exceptions import TemplateError
 
         if not self._tokenizer.chat_template:
             raise InvalidRequest("This model has no chat template; use /v1/completions.", param="messages")
+        messages = [_as_template_message(message) for message in prompt.messages]
+        tools = {} if prompt.tools is None else {"tools": _parsed(prompt.tools, "tools")}
         try:
             encoded = self._tokenizer.apply_chat_template(
-                [_as_template_message(message) for message in prompt.messages],
-                add_generation_prompt=True,
-                return_dict=True,
+                messages, add_generation_prompt=True, return_dict=True, **tools
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise InvalidRequest(
@@ -70,7 +78,37 @@ class PromptEncoder:
 
 
 def _as_template_message(message: ChatMessage) -> dict[str, Any]:
-    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    # transformers drops what is None, and many templates fail without a content.
+    fields: dict[str, Any] = {"role": message.role, "content": message.content or ""}
     if message.name is not None:
         fields["name"] = message.name
+    if message.tool_calls is not None:
+        fields["tool_calls"] = list(map(_as_template_call, _parsed(message.tool_calls, "messages")))
+    if message.tool_call_id is not None:
+        fields["tool_call_id"] = message.tool_call_id
     return fields
+
+
+def _parsed(text: str, param: str) -> list[dict[str, Any]]:
+    """HTTP clients cannot send anything else, but calls over a handle pass through no other validation."""
+    try:
+        items = json.loads(text)
+    except ValueError:
+        items = None
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise InvalidRequest("Tools and tool calls must be a JSON array of objects.", param=param)
+    return items
+
+
+def _as_template_call(call: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's clients send arguments as the model wrote them, JSON in a text; templates want a mapping."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError:  # what the model wrote was no JSON: shown to it again as it was
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    return call | {"function": function | {"arguments": arguments}}

@@ -1,58 +1,58 @@
-"""One choice of one request while it is generated: ids, text, and when it ends."""
+"""One choice of one request as the model sees it: tokens, and how far the model has got with them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Sequence as Tokens
+from typing import TypeAlias
 
-from blaze.engines.llm.detokenize import Decoder, IncrementalDetokenizer
-from blaze.engines.llm.stopping import StopStrings
-from blaze.types import ChoiceFinished, Event, FinishReason, SamplingParams, TextDelta
+from blaze.engines.llm.slots import Slot
+from blaze.types import TokenId
 
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """What a sequence needs to know of the tokenizer."""
-
-    decoder: Decoder
-    eos_ids: frozenset[int]
+Rank: TypeAlias = tuple[float, int, int]  # who comes first; no two sequences have the same
 
 
 class Sequence:
+    """``token_ids`` are the prompt and what was generated; keys and values of the first ``num_computed`` lie
+    in ``slot``. A step computes some of the rest; when it reaches the end, it yields the next token.
+    """
+
+    __slots__ = (
+        "counted",
+        "leader",
+        "needs_all_logits",
+        "num_cached",
+        "num_computed",
+        "prompt_len",
+        "rank",
+        "slot",
+        "token_ids",
+    )
+
     def __init__(
         self,
-        index: int,
-        prompt_ids: tuple[int, ...],
-        sampling: SamplingParams,
-        max_tokens: int,
-        vocabulary: Vocabulary,
+        prompt_ids: Tokens[TokenId],
+        rank: Rank,
+        *,
+        generated: Tokens[TokenId] = (),
+        leader: Sequence | None = None,
+        needs_all_logits: bool = False,
     ) -> None:
-        self.index = index
-        self.prompt_ids = prompt_ids
-        self.sampling = sampling
-        self.num_generated = 0
-        self.finish_reason: FinishReason | None = None
-        self._max_tokens = max_tokens
-        self._eos_ids: Collection[int] = () if sampling.ignore_eos else vocabulary.eos_ids
-        self._detokenizer = IncrementalDetokenizer(vocabulary.decoder)
-        self._stops = StopStrings(sampling.stop)
+        self.token_ids: list[TokenId] = [*prompt_ids, *generated]
+        self.prompt_len = len(prompt_ids)
+        self.rank = rank
+        self.leader = leader  # a choice with the same prompt, worth waiting for: its prefix is then at hand
+        self.needs_all_logits = needs_all_logits  # of the prompt too, so that nothing of it can be skipped
+        self.num_computed = 0
+        self.num_cached = (
+            0  # of the prompt's tokens, those that a prefix hit spared when it was first taken up
+        )
+        self.counted = False  # among the lookups of prefixes
+        self.slot: Slot | None = None
 
-    def append(self, token_id: int) -> tuple[Event, ...]:
-        """Take the next token in; the events that it causes, ``ChoiceFinished`` last when it ends here."""
-        self.num_generated += 1
-        if token_id in self._eos_ids:
-            return self._finish("stop", self._rest(), token_id)
-        result = self._stops.feed(self._detokenizer.feed(token_id))
-        if result.stopped:
-            return self._finish("stop", result.text, token_id)
-        if self.num_generated >= self._max_tokens:
-            return self._finish("length", result.text + self._rest(), token_id)
-        return (TextDelta(self.index, result.text, (token_id,)),)
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_len
 
-    def _rest(self) -> str:
-        tail = self._stops.feed(self._detokenizer.flush())
-        return tail.text if tail.stopped else tail.text + self._stops.flush()
-
-    def _finish(self, reason: FinishReason, text: str, token_id: int) -> tuple[Event, ...]:
-        self.finish_reason = reason
-        return TextDelta(self.index, text, (token_id,)), ChoiceFinished(self.index, reason)
+    @property
+    def num_pending(self) -> int:
+        return len(self.token_ids) - self.num_computed

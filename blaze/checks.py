@@ -1,0 +1,34 @@
+"""What values from clients must satisfy: shared by the requests, which check themselves."""
+
+from __future__ import annotations
+
+from blaze.errors import InvalidRequest
+
+SEED_BOUND = 2**63  # seeds are int64: -SEED_BOUND <= seed < SEED_BOUND
+
+
+def check(holds: bool, field_name: str, rule: str) -> None:
+    """Raises :class:`InvalidRequest` unless ``holds``, which is False also for comparisons with NaN."""
+    if not holds:
+        raise InvalidRequest(f"{field_name}: {rule}.", param=field_name)
+
+
+def check_seed(seed: int | None) -> None:
+    fits = seed is None or (type(seed) is int and -SEED_BOUND <= seed < SEED_BOUND)
+    check(fits, "seed", "must be a 64-bit signed integer")
+
+
+def is_count(value: int) -> bool:
+    return type(value) is int and value >= 1
+
+
+def is_index(value: int, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def is_number(value: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def are_texts(values: tuple[str, ...]) -> bool:
+    return isinstance(values, tuple) and all(isinstance(value, str) and value for value in values)

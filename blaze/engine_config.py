@@ -1,0 +1,77 @@
+"""Options of the engines: what a model's entry says under ``llm``, ``diffusion`` or ``simulator``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+def _is_bytes_or_a_fraction(value: object) -> object:
+    """One rule ahead of the union: errors of its members would each name a path of their own."""
+    is_bytes = type(value) is int and value >= 2**20
+    if not is_bytes and not (type(value) is float and 0 < value < 1):
+        raise ValueError("must be bytes, at least 1048576, or a fraction of free memory between 0 and 1")
+    return value
+
+
+KVCacheMemory = Annotated[int | float, BeforeValidator(_is_bytes_or_a_fraction)]
+
+
+class Settings(BaseModel):
+    """A misspelt field is an error, not a setting that silently does nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LLMConfig(Settings):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    runner: Literal["auto", "fused", "stock"] = "auto"  # fused: the Llama family, checked against stock
+    quantization: Literal["none", "int8"] = "none"  # of the weights
+    compile: bool = False  # torch.compile of the stock model
+    deterministic: bool = False  # refuse to start where the batch may change the bits of an answer
+    max_batch_size: PositiveInt = 32  # sequences in one step
+    max_batch_tokens: PositiveInt = 512  # tokens in one step: bounds what a long prompt costs the others
+    max_model_len: PositiveInt | None = None  # tokens; None: what the model was made for
+    kv_cache_memory: KVCacheMemory = 0.2  # fraction: of what is free once the weights are loaded
+    prefix_caching: bool = True
+    threads: PositiveInt | None = None  # math threads; None: num_cpus, or all cores when that is below 1
+
+    @model_validator(mode="after")
+    def _a_step_holds_the_batch(self) -> LLMConfig:
+        if self.max_batch_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_batch_tokens {self.max_batch_tokens} is below max_batch_size {self.max_batch_size}"
+            )
+        return self
+
+
+class DiffusionConfig(Settings):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_batch_size: PositiveInt = 8  # images of one request
+    max_steps: PositiveInt = 200
+    max_pixels: PositiveInt = 2048 * 2048  # width x height of one image
+    threads: PositiveInt | None = None
+
+
+class SimulatorConfig(Settings):
+    """An engine without a model: answers at a set pace, the same for the same seed."""
+
+    ttft_ms: NonNegativeFloat = 20.0
+    inter_token_ms: NonNegativeFloat = 5.0
+    tokens: PositiveInt = 16  # of an answer; a smaller max_tokens of the request wins
+    jitter: Fraction = 0.0  # each wait is multiplied by 1 + U(-jitter, jitter)
+    slots: PositiveInt = 8  # requests served at once; the others queue
+    slowdown: dict[int, PositiveFloat] = Field(default_factory=dict)  # replica rank -> factor on all waits
+    fail_rate: dict[int, Fraction] = Field(
+        default_factory=dict
+    )  # replica rank -> share of requests that fail
+    hang: dict[int, Fraction] = Field(default_factory=dict)  # replica rank -> share that never answers
+    seed: int = 0

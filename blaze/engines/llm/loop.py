@@ -1,0 +1,179 @@
+"""The heart of the LLM engine: steps, one after another, for as long as there is work.
+
+Runs on the compute thread and owns all that it touches. It knows nothing of loading, queues or threads, so
+that tests drive it step by step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+import torch
+
+from blaze.clock import Clock
+from blaze.engines.llm.choice import Choice, named
+from blaze.engines.llm.job import Job
+from blaze.engines.llm.kv_cache import KVCache
+from blaze.engines.llm.runner import Runner, StepResult
+from blaze.engines.llm.sampling import SampledToken, sample, token_logprobs
+from blaze.engines.llm.scheduler import Scheduler, Step, Work
+from blaze.engines.llm.sequence import Sequence
+from blaze.errors import BlazeError, EngineFailure, NonFiniteOutput
+
+logger = logging.getLogger(__name__)
+
+_MAX_FAILED_STEPS = 3  # in a row: then it is the engine that is broken, not the requests
+
+
+class EngineBroken(Exception):
+    """Step after step has failed."""
+
+
+class EngineLoop:
+    def __init__(
+        self,
+        runner: Runner,
+        cache: KVCache,
+        clock: Clock,
+        *,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``on_step`` is called after each step, before anybody hears of what came of it."""
+        self._runner = runner
+        self._clock = clock
+        self._on_step = on_step
+        self.scheduler = Scheduler(cache, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
+        self._jobs: dict[Job, None] = {}
+        self._owners: dict[Sequence, tuple[Job, Choice]] = {}
+        self._failed_steps = 0
+
+    @property
+    def num_jobs(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def num_running_jobs(self) -> int:
+        """Jobs of which something is in the batch."""
+        running = {job for sequence, (job, _) in self._owners.items() if sequence.slot is not None}
+        return len(running)
+
+    def add(self, job: Job) -> None:
+        self._jobs[job] = None
+        for choice in job.choices:
+            self._owners[choice.sequence] = (job, choice)
+            self.scheduler.add(choice.sequence)
+
+    def schedule(self) -> Step:
+        """Drop what nobody wants any more, then choose what to compute."""
+        now = self._clock.now()
+        for job in list(self._jobs):
+            job.end_if_unwanted(now)
+            if job.over:
+                self._remove(job)
+        return self.scheduler.schedule()
+
+    def execute(self, step: Step) -> None:
+        """Compute the step and pass on what came of it.
+
+        Raises :class:`EngineBroken` after several failed steps in a row; the jobs of a failed step have
+        failed by then, the others are still there.
+        """
+        if not step.work:
+            return
+        for work in step.work:
+            self._owners[work.sequence][0].start()
+        try:
+            result = self._runner.execute(step)
+        except Exception as error:
+            logger.exception("a step of %d sequences failed", len(step.work))
+            self._fail(step, EngineFailure(f"The engine failed in this step: {type(error).__name__}."))
+            self._failed_steps += 1
+            if self._failed_steps >= _MAX_FAILED_STEPS:
+                raise EngineBroken(f"{self._failed_steps} steps in a row have failed: {error}") from error
+            return
+        self._failed_steps = 0
+        self._on_step()
+        self.scheduler.computed(step)
+        self._note_prompt_logprobs(result)
+        self._draw([work.sequence for work in step.work if work.yields_token], result.next_logits)
+
+    def end(self, error: BlazeError) -> None:
+        """Nothing goes on: every job fails with ``error``."""
+        for job in list(self._jobs):
+            job.fail(error)
+            self._remove(job)
+
+    def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        if not sequences:
+            return
+        rows = [self._owners[sequence][1].row() for sequence in sequences]
+        for sequence, sampled in zip(sequences, sample(logits, rows), strict=True):
+            job, choice = self._owners[sequence]
+            if job.over:  # an earlier choice of it has failed in this very step
+                continue
+            if isinstance(sampled, NonFiniteOutput):
+                assert sequence.slot is not None
+                self._runner.store.clear(sequence.slot)
+                self._give_up(job, sampled, keep=False)
+            else:
+                self._append(job, choice, sampled)
+
+    def _append(self, job: Job, choice: Choice, sampled: SampledToken) -> None:
+        """What goes wrong with one request's text is that request's failure, not the step's."""
+        try:
+            events = choice.append(sampled)
+        except Exception as error:
+            logger.exception("a request failed in the middle of its batch")
+            self._give_up(job, EngineFailure(f"The engine failed on this request: {type(error).__name__}."))
+            return
+        job.give(events)
+        if choice.finish_reason is None:
+            choice.sequence.token_ids.append(sampled.token_id)
+            return
+        del self._owners[choice.sequence]
+        self.scheduler.remove(choice.sequence)
+        if job.over:
+            del self._jobs[job]
+
+    def _note_prompt_logprobs(self, result: StepResult) -> None:
+        for work, logits in result.all_logits:
+            job, choice = self._owners[work.sequence]
+            try:
+                self._note(choice, work, logits)
+            except NonFiniteOutput as error:
+                self._give_up(job, error, keep=False)
+
+    def _note(self, choice: Choice, work: Work, logits: torch.Tensor) -> None:
+        """Logits at a position are of the token after it."""
+        ids = work.sequence.token_ids[: work.sequence.prompt_len]
+        targets = ids[work.start + 1 : work.end + 1]
+        measured = token_logprobs(
+            logits[: len(targets)],
+            torch.tensor(targets, device=logits.device, dtype=torch.int64),
+            choice.sampling.logprobs or 0,
+        )
+        for position, token in enumerate(measured, start=work.start + 1):
+            choice.prompt_logprobs[position] = named(token, choice.names)
+
+    def _fail(self, step: Step, error: BlazeError) -> None:
+        for job in dict.fromkeys(self._owners[work.sequence][0] for work in step.work):
+            self._give_up(job, error, keep=False)
+
+    def _give_up(self, job: Job, error: BlazeError, *, keep: bool = True) -> None:
+        job.fail(error)
+        self._remove(job, keep=keep)
+
+    def _remove(self, job: Job, *, keep: bool = True) -> None:
+        if job not in self._jobs:
+            return
+        del self._jobs[job]
+        for sequence in _unfinished(job.choices):
+            del self._owners[sequence]
+            self.scheduler.remove(sequence, keep=keep)
+
+
+def _unfinished(choices: Iterable[Choice]) -> list[Sequence]:
+    return [choice.sequence for choice in choices if choice.finish_reason is None]

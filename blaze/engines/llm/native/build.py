@@ -1,0 +1,75 @@
+"""Compiling the kernels for the processor at hand, once, into the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+)
+_TIMEOUT_S = 120
+
+
+@cache
+def library(folder: Path) -> Path | None:
+    """The compiled kernels, or None (said once in the log) where there is no compiler that makes them.
+
+    The name holds everything that the result depends on: a shared folder may serve unlike machines.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    if compiler is None:
+        logger.warning("no C++ compiler found: the LLM engine runs on torch's operators alone, slower")
+        return None
+    target = folder / f"kernels-{_fingerprint(compiler)}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = Path(scratch) / target.name
+        try:
+            subprocess.run(
+                [compiler, *_FLAGS, str(_SOURCE), "-o", str(built)],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT_S,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            detail = getattr(error, "stderr", None) or error
+            logger.warning("the CPU kernels were not compiled, torch's operators serve instead: %s", detail)
+            return None
+        built.replace(target)  # whole or not at all, also when two replicas build at once
+    return target
+
+
+def _fingerprint(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = (_SOURCE.read_text(encoding="utf-8"), " ".join(_FLAGS), version, platform.machine(), _cpu())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """What `-march=native` looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))}))

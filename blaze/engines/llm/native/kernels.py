@@ -1,0 +1,80 @@
+"""The compiled kernels as Python sees them: addresses in, nothing out.
+
+A call costs about two microseconds and lets go of the interpreter lock. Nothing is checked down there:
+shapes, types and layouts are the caller's duty (:mod:`blaze.engines.llm.fused_cpu`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MAX_HEAD_DIM = 256
+_SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+class StepStruct(Structure):
+    """``BlazeStep`` of kernels.cpp."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("threads", c_int64),
+        ("longest", c_int64),
+        ("start", c_void_p),
+        ("capacity", c_void_p),
+        ("position", c_void_p),
+    )
+
+
+class HeadsStruct(Structure):
+    """``BlazeHeads`` of kernels.cpp."""
+
+    _fields_ = (
+        ("queries", c_int64),
+        ("keys", c_int64),
+        ("dim", c_int64),
+        ("window", c_int64),
+        ("scale", c_float),
+        ("eps", c_float),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+    )
+
+
+class Kernels:
+    """The three kernels for one dtype."""
+
+    def __init__(self, library: Path, dtype: torch.dtype) -> None:
+        # torch is loaded by now, and with it the OpenMP runtime that both then share.
+        loaded = ctypes.CDLL(str(library))
+        suffix = _SUFFIX[dtype]
+        self.attend = _function(
+            loaded, f"blaze_attend_{suffix}", POINTER(StepStruct), POINTER(HeadsStruct), *[c_void_p] * 4
+        )
+        self.rms_norm = _function(
+            loaded, f"blaze_rms_norm_{suffix}", *[c_int64] * 3, c_float, *[c_void_p] * 3
+        )
+        self.silu_mul = _function(loaded, f"blaze_silu_mul_{suffix}", *[c_int64] * 3, *[c_void_p] * 2)
+
+    @staticmethod
+    def serve(dtype: torch.dtype, head_dim: int) -> bool:
+        return dtype in _SUFFIX and head_dim % 16 == 0 and head_dim <= MAX_HEAD_DIM
+
+
+def pointer(structure: Structure) -> Any:
+    """To be kept beside the structure: made once, not per call."""
+    return byref(structure)
+
+
+def _function(loaded: ctypes.CDLL, name: str, *arguments: Any) -> Callable[..., None]:
+    function = getattr(loaded, name)
+    function.argtypes = arguments
+    function.restype = None
+    return function  # type: ignore[no-any-return]

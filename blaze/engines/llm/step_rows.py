@@ -1,0 +1,84 @@
+"""The rows of one step as tensors: one for each token that is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from blaze.engines.llm.layout import Run, slot_of, split
+from blaze.engines.llm.runner import StepResult, wants_all_logits
+from blaze.engines.llm.scheduler import Step, Work
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """Single tokens come first, in the order of ``runs``; then the chunks. All tensors are int64 [rows]."""
+
+    runs: tuple[Run, ...]
+    chunks: tuple[Work, ...]
+    ids: torch.Tensor
+    starts: torch.Tensor  # of the row's slot
+    capacities: torch.Tensor  # of the row's slot
+    positions: torch.Tensor
+    longest: int  # keys of the row that has the most
+    logit_rows: torch.Tensor  # the rows whose logits are wanted
+    first_row: dict[Work, int]
+
+    @classmethod
+    def of(cls, step: Step, device: torch.device) -> StepRows:
+        runs, chunks = split(step.work)
+        ordered = [work for run in runs for work in run.rows if work is not None] + chunks
+        counts = [work.count for work in ordered]
+        offsets = np.cumsum([0, *counts])
+        total = int(offsets[-1])
+        columns = np.empty((4, total), dtype=np.int64)
+        first_row: dict[Work, int] = {}
+        for work, offset in zip(ordered, offsets.tolist(), strict=False):
+            rows = slice(offset, offset + work.count)
+            slot = slot_of(work)
+            columns[0, rows] = work.sequence.token_ids[work.start : work.end]
+            columns[1, rows] = slot.start
+            columns[2, rows] = slot.capacity
+            columns[3, rows] = np.arange(work.start, work.end)
+            first_row[work] = offset
+        wanted = [row for work in step.work for row in _logit_rows(work, first_row[work])]
+        ids, starts, capacities, positions = torch.from_numpy(columns).to(device)
+        return cls(
+            runs=tuple(runs),
+            chunks=tuple(chunks),
+            ids=ids,
+            starts=starts,
+            capacities=capacities,
+            positions=positions,
+            longest=max(work.end for work in ordered),
+            logit_rows=torch.tensor(wanted, dtype=torch.int64, device=device),
+            first_row=first_row,
+        )
+
+    def result(self, step: Step, logits: torch.Tensor) -> StepResult:
+        """``logits`` are those of ``logit_rows``, [rows, vocabulary]."""
+        yielding: list[int] = []
+        whole: list[tuple[Work, torch.Tensor]] = []
+        at = 0
+        for work in step.work:
+            rows = len(_logit_rows(work, 0))
+            if wants_all_logits(work):
+                whole.append((work, logits[at : at + rows]))
+            at += rows
+            if work.yields_token:
+                yielding.append(at - 1)
+        if len(yielding) < at:
+            return StepResult(
+                logits[torch.tensor(yielding, dtype=torch.int64, device=logits.device)], tuple(whole)
+            )
+        return StepResult(logits, tuple(whole))
+
+
+def _logit_rows(work: Work, first: int) -> range:
+    if wants_all_logits(work):
+        return range(first, first + work.count)
+    if work.yields_token:
+        return range(first + work.count - 1, first + work.count)
+    return range(0)
