@@ -110,6 +110,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "jamba": ("Jamba", _GROUPED | {"num_experts": 2, "use_mamba_kernels": False}),
     "bloom": ("Bloom", _COMMON | {"hidden_size": 64, "n_layer": 2, "n_head": 4}),
     "gpt1": ("OpenAIGPT", _GPT),
+    "gpt-neo-local": (
+        "GPTNeo",
+        _COMMON
+        | {
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": WINDOW,
+        },
+    ),
     "bert-encoder": ("Bert", _BASE),
     "llama4-chunks": (
         "Llama4Text",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from blaze.engines.llm.scheduler import Work
 from blaze.engines.llm.slots import Slot
 
-# Key lengths are rounded up to it, so that shapes repeat; and because torch's softmax adds up what is left
-# over behind whole vectors in another order: the bits of a row would depend on the length.
+# Key lengths are rounded up to it: shapes repeat, and torch's softmax, which adds up in another order what is
+# left over behind whole vectors, gives a row the same bits at each length.
 _BUCKET = 32
 _MAX_HOLE = 1  # free slots inside a run: computing one for nothing is cheaper than another call
 

@@ -174,6 +174,8 @@ def windows(config: PretrainedConfig) -> dict[str, int | None]:
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
         window = None
+    if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo: hidden in its modules
+        raise ModelSourceError("source: local attention layers are not served", param="source")
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise ModelSourceError(
