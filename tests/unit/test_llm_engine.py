@@ -387,3 +387,21 @@ async def test_lower_priority_numbers_go_first(monkeypatch: pytest.MonkeyPatch) 
     await bench.together(late, early)
     assert "".join(dict.fromkeys(order)) == "fec"
     await bench.engine.stop()
+
+
+async def test_an_answer_that_was_complete_already_ends_at_once(bench: EngineBench) -> None:
+    request = replace(text_request(TextPrompt("e"), max_tokens=2), generated=((65, 66),))
+    events = await collect(bench.engine.run(request))
+    assert events == [
+        Started((101,)),
+        ChoiceFinished(0, "length"),
+        Finished(Usage(prompt_tokens=1, completion_tokens=2)),
+    ]
+    assert bench.runner.batch_sizes == []
+
+
+async def test_tokens_from_elsewhere_must_be_tokens(bench: EngineBench) -> None:
+    request = replace(text_request(TextPrompt("e")), generated=((999,),))
+    (refused,) = await collect(bench.engine.run(request))
+    assert isinstance(refused, Failed)
+    assert (refused.error.http_status, refused.error.param) == (400, "generated")

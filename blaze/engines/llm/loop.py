@@ -20,6 +20,7 @@ from blaze.engines.llm.sampling import SampledToken, sample, token_logprobs
 from blaze.engines.llm.scheduler import Scheduler, Step, Work
 from blaze.engines.llm.sequence import Sequence
 from blaze.errors import BlazeError, EngineFailure, NonFiniteOutput
+from blaze.types import ChoiceFinished
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,15 @@ class EngineLoop:
         return len(running)
 
     def add(self, job: Job) -> None:
-        self._jobs[job] = None
         for choice in job.choices:
-            self._owners[choice.sequence] = (job, choice)
-            self.scheduler.add(choice.sequence)
+            if choice.finish_reason is None:
+                self._owners[choice.sequence] = (job, choice)
+                self.scheduler.add(choice.sequence)
+            else:  # what it has from elsewhere is all of it
+                job.start()
+                job.give((ChoiceFinished(choice.index, choice.finish_reason),))
+        if not job.over:
+            self._jobs[job] = None
 
     def schedule(self) -> Step:
         """Drop what nobody wants any more, then choose what to compute."""

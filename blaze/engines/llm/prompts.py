@@ -33,6 +33,7 @@ class PromptEncoder:
         sampling = request.sampling
         self._check_known(sampling.stop_token_ids, "stop_token_ids")
         self._check_known((token for token, _ in sampling.logit_bias), "logit_bias")
+        self._check_known((token for tokens in request.generated for token in tokens), "generated")
         ids = self._ids(request.prompt)
         param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
         if not ids:
