@@ -405,3 +405,34 @@ async def test_tokens_from_elsewhere_must_be_tokens(bench: EngineBench) -> None:
     (refused,) = await collect(bench.engine.run(request))
     assert isinstance(refused, Failed)
     assert (refused.error.http_status, refused.error.param) == (400, "generated")
+
+
+@pytest.mark.parametrize("echo", [False, True])
+async def test_choices_that_fail_in_one_step_fail_their_request_once(bench: EngineBench, echo: bool) -> None:
+    def poison(logits: torch.Tensor, work: Work) -> None:
+        if chr(work.sequence.token_ids[0]) == "b":
+            logits.fill_(float("nan"))
+
+    bench.runner.shape = poison
+    request = text_request(TextPrompt("bb"), n=3, echo=echo, logprobs=0 if echo else None)
+    bad, good = await bench.together(request, text_request(TextPrompt("c")))
+    assert len(terminals(bad)) == 1
+    assert isinstance(bad[-1], Failed)
+    assert text_of(good) == "endings"
+    status = await bench.engine.get_health_status()
+    assert (status.state, status.work_pending) == ("idle", 0)
+
+
+async def test_after_a_failed_step_no_prefix_is_trusted(bench: EngineBench) -> None:
+    prompt = TextPrompt("c" + "x" * 20)
+    await collect(bench.engine.run(text_request(prompt)))
+
+    def explode() -> None:
+        bench.runner.before_step = bench.gate
+        raise RuntimeError("out of memory")
+
+    bench.runner.before_step = explode
+    await collect(bench.engine.run(text_request(prompt)))
+    again = await collect(bench.engine.run(text_request(prompt)))
+    assert isinstance(again[-1], Finished)
+    assert again[-1].usage.cached_tokens == 0

@@ -44,6 +44,7 @@ class EngineLoop:
     ) -> None:
         """``on_step`` is called after each step, before anybody hears of what came of it."""
         self._runner = runner
+        self._cache = cache
         self._clock = clock
         self._on_step = on_step
         self.scheduler = Scheduler(cache, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
@@ -113,19 +114,28 @@ class EngineLoop:
             self._remove(job)
 
     def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        if not sequences:
+        """Draw for each row of ``logits``, but for those whose jobs have failed in this very step."""
+        going = [row for row, sequence in enumerate(sequences) if sequence in self._owners]
+        if not going:
             return
+        if len(going) < len(sequences):
+            sequences = [sequences[row] for row in going]
+            logits = logits[torch.tensor(going, device=logits.device)]
         rows = [self._owners[sequence][1].row() for sequence in sequences]
         for sequence, sampled in zip(sequences, sample(logits, rows), strict=True):
-            job, choice = self._owners[sequence]
-            if job.over:  # an earlier choice of it has failed in this very step
+            if sequence not in self._owners:  # another choice of its job has just failed
                 continue
+            job, choice = self._owners[sequence]
             if isinstance(sampled, NonFiniteOutput):
-                assert sequence.slot is not None
-                self._runner.store.clear(sequence.slot)
-                self._give_up(job, sampled, keep=False)
+                self._poisoned(job, sequence, sampled)
             else:
                 self._append(job, choice, sampled)
+
+    def _poisoned(self, job: Job, sequence: Sequence, error: NonFiniteOutput) -> None:
+        """Numbers that are no numbers must not outlive their sequence."""
+        assert sequence.slot is not None
+        self._runner.store.clear(sequence.slot)
+        self._give_up(job, error, keep=False)
 
     def _append(self, job: Job, choice: Choice, sampled: SampledToken) -> None:
         """What goes wrong with one request's text is that request's failure, not the step's."""
@@ -146,11 +156,13 @@ class EngineLoop:
 
     def _note_prompt_logprobs(self, result: StepResult) -> None:
         for work, logits in result.all_logits:
+            if work.sequence not in self._owners:  # another choice of its job has just failed
+                continue
             job, choice = self._owners[work.sequence]
             try:
                 self._note(choice, work, logits)
             except NonFiniteOutput as error:
-                self._give_up(job, error, keep=False)
+                self._poisoned(job, work.sequence, error)
 
     def _note(self, choice: Choice, work: Work, logits: torch.Tensor) -> None:
         """Logits at a position are of the token after it."""
@@ -167,6 +179,7 @@ class EngineLoop:
     def _fail(self, step: Step, error: BlazeError) -> None:
         for job in dict.fromkeys(self._owners[work.sequence][0] for work in step.work):
             self._give_up(job, error, keep=False)
+        self._cache.evict_all()  # nobody knows which of the step's copies were made
 
     def _give_up(self, job: Job, error: BlazeError, *, keep: bool = True) -> None:
         job.fail(error)

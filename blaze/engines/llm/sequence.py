@@ -43,9 +43,7 @@ class Sequence:
         self.leader = leader  # a choice with the same prompt, worth waiting for: its prefix is then at hand
         self.needs_all_logits = needs_all_logits  # of the prompt too, so that nothing of it can be skipped
         self.num_computed = 0
-        self.num_cached = (
-            0  # of the prompt's tokens, those that a prefix hit spared when it was first taken up
-        )
+        self.num_cached = 0  # of the prompt's tokens, those that a hit spared when it was first taken up
         self.counted = False  # among the lookups of prefixes
         self.slot: Slot | None = None
 
