@@ -21,6 +21,7 @@ from blaze.engines.llm.vocabulary import Vocabulary
 from tests.fakes import ByteDecoder
 
 EOS = 0
+BROKEN = 127  # has no text: decoding it raises
 VOCABULARY_SIZE = 128  # token i is the character i, and 0 ends a sequence
 
 
@@ -50,7 +51,7 @@ class CharacterNames:
 
 
 def fake_model(*, max_model_len: int = 64) -> LoadedModel:
-    pieces = [b"", *(bytes([code]) for code in range(1, VOCABULARY_SIZE))]
+    pieces = [b"", *(bytes([code]) for code in range(1, BROKEN))]
     return LoadedModel(
         model=SimpleNamespace(),
         tokenizer=CharacterTokenizer(),
@@ -82,13 +83,13 @@ class ScriptedRunner:
     """Continues every prompt as its script says, then ends.
 
     ``scripts`` are found by the first token of the prompt, so a sequence is known wherever it stands.
-    ``batch_sizes``: of each step, the sequences that yielded a token.
+    ``batch_sizes``: of each step, the sequences that yielded a token. ``shape`` changes their logits.
     """
 
     scripts: Mapping[str, str]
     batch_sizes: list[int] = field(default_factory=list)
     before_step: Callable[[], None] = lambda: None
-    shape: Callable[[torch.Tensor, Work], None] = lambda _logits, _work: None
+    shape: Callable[[torch.Tensor, Work], object] = lambda _logits, _work: None
     name: str = "scripted"
     store: Any = field(default_factory=RecordingStore)
 

@@ -12,26 +12,37 @@ import torch
 
 from blaze.engine_config import LLMConfig
 from blaze.engines.llm import engine as engine_module
+from blaze.engines.llm import loop as loop_module
 from blaze.engines.llm.engine import LLMEngine
 from blaze.engines.llm.scheduler import Work
+from blaze.errors import EngineFailure, ErrorInfo, ReplicaStopping
 from blaze.models.sources import HubSource
 from blaze.types import (
     ChoiceFinished,
     Event,
     Failed,
     Finished,
+    Request,
     Started,
     TextDelta,
     TextPrompt,
     TokenPrompt,
     Usage,
 )
-from tests.fake_models import ScriptedRunner, fake_served
+from tests.fake_models import BROKEN, ScriptedRunner, fake_served
 from tests.fakes import FakeClock
 from tests.samples import collect, image_request, terminals, text_of, text_request
-from tests.waiting import until_status
+from tests.waiting import until, until_status
 
-SCRIPTS = {"a": "abcX tail", "b": "bbbbbbbbbb", "c": "endings", "d": "d" * 60, "e": "AB", "f": "C"}
+SCRIPTS = {
+    "a": "abcX tail",
+    "b": "bbbbbbbbbb",
+    "c": "endings",
+    "d": "d" * 60,
+    "e": "AB",
+    "f": "C",
+    "g": "ok" + chr(BROKEN),
+}
 
 
 class Gate:
@@ -52,9 +63,8 @@ class EngineBench:
         self.gate = Gate()
         self.clock = FakeClock()
         self.runner = ScriptedRunner(SCRIPTS, before_step=self.gate)
-        monkeypatch.setattr(
-            engine_module, "load", lambda *_args: fake_served(self.runner, kv_tokens=kv_tokens)
-        )
+        self.served = fake_served(self.runner, kv_tokens=kv_tokens)
+        monkeypatch.setattr(engine_module, "load", lambda *_args: self.served)
         self.engine = LLMEngine(
             HubSource("org/model"),
             LLMConfig(max_batch_size=max_batch_size),
@@ -63,18 +73,28 @@ class EngineBench:
             clock=self.clock,
         )
 
-    async def together(self, *requests: object) -> list[list[Event]]:
+    async def together(self, *requests: Request) -> list[list[Event]]:
         """All requests in one batch: they pile up behind one that is held."""
         self.gate.open.clear()
         first = asyncio.create_task(collect(self.engine.run(text_request(TextPrompt("f")))))
         await until_status(self.engine, running=1)
         tasks = []
         for request in requests:  # one after another, so that the rows have this order
-            tasks.append(asyncio.create_task(collect(self.engine.run(request))))  # type: ignore[arg-type]
+            tasks.append(asyncio.create_task(self.ask(request)))
             await until_status(self.engine, queued=len(tasks))
         self.gate.open.set()
         await first
         return list(await asyncio.gather(*tasks))
+
+    async def ask(self, request: Request) -> list[Event]:
+        return await collect(self.engine.run(request))
+
+
+def failure(events: list[Event]) -> ErrorInfo:
+    """Of an answer that ends with one."""
+    assert terminals(events) == [events[-1]]
+    assert isinstance(events[-1], Failed)
+    return events[-1].error
 
 
 @pytest.fixture
@@ -194,16 +214,18 @@ async def test_case_16_a_failing_step_fails_its_requests_and_the_next_one_is_ser
 
 async def test_case_15_a_reader_that_leaves_ends_its_rows_within_a_step(bench: EngineBench) -> None:
     steps = itertools.count()
+    held = threading.Event()
 
     def hold_the_second() -> None:
         if next(steps) == 1:
             bench.gate.open.clear()
+            held.set()
         bench.gate()
 
     bench.runner.before_step = hold_the_second
     leaving = bench.engine.run(text_request(TextPrompt("d")))
     assert isinstance((await anext(leaving))[0], Started)
-    await until_status(bench.engine, steps_done=1)
+    await until(held.is_set)
     await leaving.aclose()
     assert (await bench.engine.get_health_status()).work_pending == 0
     bench.gate.open.set()
@@ -436,3 +458,201 @@ async def test_after_a_failed_step_no_prefix_is_trusted(bench: EngineBench) -> N
     again = await collect(bench.engine.run(text_request(prompt)))
     assert isinstance(again[-1], Finished)
     assert again[-1].usage.cached_tokens == 0
+
+
+# --- What goes wrong, and whom it concerns --------------------------------------------------------------
+
+
+async def test_an_exception_in_one_request_s_text_fails_that_one_alone(bench: EngineBench) -> None:
+    bad, good = await bench.together(text_request(TextPrompt("gg"), n=2), text_request(TextPrompt("c")))
+    error = failure(bad)
+    assert (error.code, error.retryable) == (EngineFailure.code, True)
+    assert text_of(bad) == "ok"
+    assert text_of(good) == "endings"
+    assert text_of(await bench.ask(text_request(TextPrompt("c")))) == "endings"
+
+
+async def test_a_failing_step_spares_those_who_are_not_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = EngineBench(monkeypatch, max_batch_size=2)
+    await bench.engine.start()
+    steps = itertools.count()
+
+    def explode_once() -> None:
+        bench.gate()
+        if next(steps) == 1:
+            raise RuntimeError("out of memory")
+
+    bench.runner.before_step = explode_once
+    answers = await bench.together(*[text_request(TextPrompt(key)) for key in "dce"])
+    assert failure(answers[0]).code == EngineFailure.code
+    assert [text_of(events) for events in answers[1:]] == ["endings", "AB"]
+    await bench.engine.stop()
+
+
+async def test_what_fails_only_when_tokens_are_drawn_is_a_failed_step_too(
+    bench: EngineBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, errors of the model come to light when its numbers are first looked at."""
+
+    def explode(*_args: object) -> None:
+        raise RuntimeError("illegal memory access")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "sample", explode)
+        error = failure(await bench.ask(text_request(TextPrompt("c"))))
+        assert (error.code, error.is_failure) == (EngineFailure.code, True)
+    assert text_of(await bench.ask(text_request(TextPrompt("c")))) == "endings"
+
+
+async def test_single_failures_do_not_add_up(bench: EngineBench) -> None:
+    steps = itertools.count()
+
+    def explode_every_other_time() -> None:
+        if next(steps) % 2 == 0:
+            raise RuntimeError("now and then")
+
+    bench.runner.before_step = explode_every_other_time
+    for _ in range(5):
+        failure(await bench.ask(text_request(TextPrompt("c"))))
+        # The next step succeeds, the one after it does not.
+        failure(await bench.ask(text_request(TextPrompt("c"))))
+        next(steps)
+    bench.runner.before_step = bench.gate
+    assert text_of(await bench.ask(text_request(TextPrompt("c")))) == "endings"
+
+
+async def test_of_a_request_that_is_no_number_no_slot_keeps_anything(bench: EngineBench) -> None:
+    def poison(logits: torch.Tensor, work: Work) -> None:
+        third_step = len(bench.runner.batch_sizes) == 3  # the first in which all three choices run
+        if third_step and chr(work.sequence.token_ids[0]) == "b":
+            logits.fill_(float("nan"))
+
+    bench.runner.shape = poison
+    bad, _ = await bench.together(text_request(TextPrompt("b"), n=3), text_request(TextPrompt("c")))
+    assert failure(bad).code == "non_finite_output"
+    assert len(set(bench.runner.store.cleared)) == 3, "any of them may have computed it"
+
+
+async def test_stopping_tells_that_the_request_belongs_elsewhere(bench: EngineBench) -> None:
+    bench.gate.open.clear()
+    running = asyncio.create_task(bench.ask(text_request(TextPrompt("d"))))
+    await until_status(bench.engine, running=1)
+    stopping = asyncio.create_task(bench.engine.stop())
+    await asyncio.sleep(0)
+    bench.gate.open.set()
+    await stopping
+    error = failure(await running)
+    assert (error.code, error.replica_gone, error.is_failure) == (ReplicaStopping.code, True, False)
+
+
+# --- Readers -------------------------------------------------------------------------------------------
+
+
+async def test_a_slow_reader_stalls_nobody_and_gets_what_piled_up_at_once(bench: EngineBench) -> None:
+    slow = bench.engine.run(text_request(TextPrompt("d")))
+    first = await anext(slow)
+    assert text_of(await bench.ask(text_request(TextPrompt("c")))) == "endings"
+    await until_status(bench.engine, running=0)
+    (rest,) = [batch async for batch in slow]
+    assert text_of([*first, *rest]) == "d" * 60
+    assert terminals(rest) == [rest[-1]]
+
+
+async def test_the_place_of_a_reader_that_leaves_goes_to_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = EngineBench(monkeypatch, max_batch_size=1)
+    await bench.engine.start()
+    served: list[str] = []
+    bench.runner.shape = lambda _logits, work: served.append(chr(work.sequence.token_ids[0]))
+    steps = itertools.count()
+
+    def hold_the_third() -> None:
+        if next(steps) == 2:
+            bench.gate.open.clear()
+        bench.gate()
+
+    bench.runner.before_step = hold_the_third
+    leaving = bench.engine.run(text_request(TextPrompt("d")))
+    await anext(leaving)
+    await until_status(bench.engine, steps_done=2)
+    waiting = asyncio.create_task(bench.ask(text_request(TextPrompt("e"))))
+    await until_status(bench.engine, queued=1)
+    await leaving.aclose()
+    bench.gate.open.set()
+    assert text_of(await waiting) == "AB"
+    assert "".join(served) == "dddeee", "the step that was under way, and not one more"
+    await bench.engine.stop()
+
+
+# --- Taking up where another engine left off -----------------------------------------------------------
+
+
+async def test_choices_that_were_complete_already_all_end(bench: EngineBench) -> None:
+    request = replace(text_request(TextPrompt("e"), n=2, max_tokens=2), generated=((65, 66), (65, 0)))
+    events = await bench.ask(request)
+    assert events == [
+        Started((101,)),
+        ChoiceFinished(0, "length"),
+        ChoiceFinished(1, "stop"),
+        Finished(Usage(prompt_tokens=1, completion_tokens=4)),
+    ]
+
+
+async def test_a_choice_that_was_complete_does_not_keep_the_other_from_going_on(bench: EngineBench) -> None:
+    request = replace(text_request(TextPrompt("e"), n=2, max_tokens=2), generated=((65,), (65, 66)))
+    events = await bench.ask(request)
+    assert events == [
+        Started((101,)),
+        ChoiceFinished(1, "length"),
+        TextDelta(0, "B", (66,)),
+        ChoiceFinished(0, "length"),
+        Finished(Usage(prompt_tokens=1, completion_tokens=4)),
+    ]
+
+
+async def test_a_prompt_that_was_given_back_is_not_given_back_again(bench: EngineBench) -> None:
+    request = text_request(TextPrompt("ee"), echo=True, logprobs=0, max_tokens=2)
+    whole = await bench.ask(request)
+    resumed = await bench.ask(replace(request, generated=((65,),)))
+    assert [event.echo for event in whole if isinstance(event, TextDelta)] == [True, False, False]
+    assert resumed[1:] == whole[3:]
+
+
+# --- Memory --------------------------------------------------------------------------------------------
+
+
+def follow_the_tokens(logits: torch.Tensor, work: Work) -> None:
+    """Logits that depend on all tokens before, as a model's do, and never end."""
+    seed = hash(tuple(work.sequence.token_ids)) & 0xFFFF
+    logits.copy_(torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)))
+    logits[[0, BROKEN]] = -torch.inf
+
+
+async def test_a_preemption_does_not_change_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [text_request(TextPrompt("b" * (seed + 1)), seed=seed, max_tokens=40) for seed in range(5)]
+    answers = []
+    for kv_tokens in (4096, 64):
+        bench = EngineBench(monkeypatch, kv_tokens=kv_tokens)
+        await bench.engine.start()
+        bench.runner.shape = follow_the_tokens
+        answers.append([text_of(events) for events in await bench.together(*requests)])
+        cache = (await bench.engine.get_health_status()).kv_cache
+        assert cache is not None
+        assert (cache.preemptions > 0) == (kv_tokens == 64)
+        await bench.engine.stop()
+    assert answers[0] == answers[1]
+    assert [len(text) for text in answers[0]] == [40] * 5
+
+
+async def test_the_memory_is_accounted_for_once_all_is_over(bench: EngineBench) -> None:
+    await bench.together(*[text_request(TextPrompt(key * 9), n=2) for key in "abcg"])
+    await bench.engine.stop()
+    cache = bench.served.cache
+    assert cache.free_tokens + cache.kept_tokens == cache.total_tokens == 4096
+
+
+async def test_choices_share_the_prompt_and_the_first_pays_for_it(bench: EngineBench) -> None:
+    events = await bench.ask(text_request(TextPrompt("c" + "x" * 20), n=3))
+    assert events[-1] == Finished(Usage(prompt_tokens=21, completion_tokens=24, cached_tokens=0))
+    cache = (await bench.engine.get_health_status()).kv_cache
+    assert cache is not None
+    assert (cache.prefix_queries, cache.prefix_hits) == (63, 40)

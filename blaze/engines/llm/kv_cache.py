@@ -60,7 +60,7 @@ class KVCache:
 
     @property
     def kept_tokens(self) -> int:
-        return sum(prefix.slot.capacity for prefix in self._kept)
+        return sum(prefix.slot.capacity for prefix in tuple(self._kept))  # asked for from other threads too
 
     def begin(self, sequence: Sequence) -> bool:
         """Give the sequence a slot, with what of its tokens is at hand already. False: no memory."""

@@ -63,13 +63,16 @@ class EngineLoop:
         return len(running)
 
     def add(self, job: Job) -> None:
+        complete: list[ChoiceFinished] = []  # what they have from elsewhere is all of it
         for choice in job.choices:
-            if choice.finish_reason is None:
+            if choice.finish_reason is not None:
+                complete.append(ChoiceFinished(choice.index, choice.finish_reason))
+            else:
                 self._owners[choice.sequence] = (job, choice)
                 self.scheduler.add(choice.sequence)
-            else:  # what it has from elsewhere is all of it
-                job.start()
-                job.give((ChoiceFinished(choice.index, choice.finish_reason),))
+        if complete:
+            job.start()
+            job.give(tuple(complete))
         if not job.over:
             self._jobs[job] = None
 
@@ -93,7 +96,7 @@ class EngineLoop:
         for work in step.work:
             self._owners[work.sequence][0].start()
         try:
-            result = self._runner.execute(step)
+            self._carry_out(step)
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(step.work))
             self._fail(step, EngineFailure(f"The engine failed in this step: {type(error).__name__}."))
@@ -102,16 +105,21 @@ class EngineLoop:
                 raise EngineBroken(f"{self._failed_steps} steps in a row have failed: {error}") from error
             return
         self._failed_steps = 0
-        self._on_step()
-        self.scheduler.computed(step)
-        self._note_prompt_logprobs(result)
-        self._draw([work.sequence for work in step.work if work.yields_token], result.next_logits)
 
     def end(self, error: BlazeError) -> None:
         """Nothing goes on: every job fails with ``error``."""
         for job in list(self._jobs):
             job.fail(error)
             self._remove(job)
+
+    def _carry_out(self, step: Step) -> None:
+        result = self._runner.execute(step)
+        self._on_step()
+        self.scheduler.computed(step)
+        drawing = [work.sequence for work in step.work if work.yields_token]
+        self._note_prompt_logprobs(result)
+        # Part of the step, for a GPU tells of its errors when its numbers are looked at.
+        self._draw(drawing, result.next_logits)
 
     def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Draw for each row of ``logits``, but for those whose jobs have failed in this very step."""
@@ -127,14 +135,15 @@ class EngineLoop:
                 continue
             job, choice = self._owners[sequence]
             if isinstance(sampled, NonFiniteOutput):
-                self._poisoned(job, sequence, sampled)
+                self._poisoned(job, sampled)
             else:
                 self._append(job, choice, sampled)
 
-    def _poisoned(self, job: Job, sequence: Sequence, error: NonFiniteOutput) -> None:
-        """Numbers that are no numbers must not outlive their sequence."""
-        assert sequence.slot is not None
-        self._runner.store.clear(sequence.slot)
+    def _poisoned(self, job: Job, error: NonFiniteOutput) -> None:
+        """Numbers that are no numbers must not outlive their sequences: any choice may have some."""
+        for sequence in _unfinished(job.choices):
+            if sequence.slot is not None:
+                self._runner.store.clear(sequence.slot)
         self._give_up(job, error, keep=False)
 
     def _append(self, job: Job, choice: Choice, sampled: SampledToken) -> None:
@@ -162,7 +171,7 @@ class EngineLoop:
             try:
                 self._note(choice, work, logits)
             except NonFiniteOutput as error:
-                self._poisoned(job, work.sequence, error)
+                self._poisoned(job, error)
 
     def _note(self, choice: Choice, work: Work, logits: torch.Tensor) -> None:
         """Logits at a position are of the token after it."""
@@ -177,7 +186,8 @@ class EngineLoop:
             choice.prompt_logprobs[position] = named(token, choice.names)
 
     def _fail(self, step: Step, error: BlazeError) -> None:
-        for job in dict.fromkeys(self._owners[work.sequence][0] for work in step.work):
+        concerned = [self._owners[work.sequence][0] for work in step.work if work.sequence in self._owners]
+        for job in dict.fromkeys(concerned):
             self._give_up(job, error, keep=False)
         self._cache.evict_all()  # nobody knows which of the step's copies were made
 

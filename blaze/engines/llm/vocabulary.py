@@ -62,7 +62,7 @@ class TokenizerNames:
             return ""
         if token_id in self._special or token_id in self._tokenizer.added_tokens_decoder:
             return str(piece)
-        if self._byte_level:
+        if self._byte_level and all(character in _BYTES for character in piece):
             return bytes(_BYTES[character] for character in piece).decode("utf-8", "surrogateescape")
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)]).decode("utf-8", "surrogateescape")
