@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -11,6 +12,9 @@ from blaze.types import TokenId
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")  # of byte fallback
 
 
 class TokenNames(Protocol):
@@ -64,8 +68,8 @@ class TokenizerNames:
             return str(piece)
         if self._byte_level and all(character in _BYTES for character in piece):
             return bytes(_BYTES[character] for character in piece).decode("utf-8", "surrogateescape")
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)]).decode("utf-8", "surrogateescape")
+        if byte := _BYTE_PIECE.fullmatch(piece):
+            return bytes.fromhex(byte[1]).decode("utf-8", "surrogateescape")
         return str(piece).replace("\u2581", " ")
 
 

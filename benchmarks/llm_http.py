@@ -1,0 +1,316 @@
+"""Streamed chats over HTTP, the whole path: Blaze (`blaze up`, one replica) against vLLM's server.
+
+SmolLM2-135M in bf16; prompts of 16 to 600 tokens, drawn with a fixed seed and never twice; 64 tokens out,
+greedy. Closed loops of 1, 8 and 32 connections: tokens/s, median time to the first token, and the 99th
+percentile of the gaps between arrivals of text, all on the client's clock (see :mod:`benchmarks.streams`).
+Both servers have their defaults, prefix caching included, which here finds nothing but the chat template's
+own beginning; vLLM runs as it comes and tuned as its documentation says. All are up at once and measured in
+turns; what the others use meanwhile is printed as idle cores.
+
+Run: `python -m benchmarks.llm_http [--rounds 3] [--without NAME ...] [--json PATH]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import httpx
+import yaml
+
+from benchmarks import machine
+from benchmarks.contestants import Contestant
+from benchmarks.llm_engine import KV_GIB, NOISY_CORES, SETTLE_S
+from benchmarks.rivals import vllm_cpu
+from benchmarks.smollm2 import SOURCE, folder, random_text
+from benchmarks.streams import StreamLoad
+from deployments.local import free_port
+
+REQUESTS = {1: 6, 8: 24, 32: 64}  # connections: requests in a turn
+PROMPT_TOKENS = (16, 600)
+NEW_TOKENS = 64
+MODEL = "smollm2-135m"
+NAMES = BLAZE, *VLLM = ("Blaze", "vLLM default", "vLLM tuned")
+SHORT = {"vllm": tuple(VLLM), "vllm-default": (VLLM[0],), "vllm-tuned": (VLLM[1],)}
+START_S = 300.0
+
+
+@dataclass(frozen=True)
+class Server:
+    process: Contestant
+    url: str  # of its chat endpoint
+    ready: str  # answers 200 once it serves
+
+
+@dataclass(frozen=True)
+class Turn:
+    load: StreamLoad
+    own_cores: float
+    other_cores: float
+
+
+Results: TypeAlias = dict[str, dict[int, list[Turn]]]
+Metric: TypeAlias = Callable[[StreamLoad], float]
+METRICS: dict[str, Metric] = {
+    "tokens/s": lambda load: load.tokens_per_s,
+    "TTFT p50 ms": lambda load: load.ttft_p50_ms,
+    "gap p99 ms": lambda load: load.gap_p99_ms,
+}
+
+
+def blaze_server(scratch: Path, *, prefix_caching: bool) -> Server:
+    port = free_port()
+    model = {
+        "name": MODEL,
+        "engine": "llm",
+        "source": SOURCE,
+        "replicas": 1,
+        "resources": {"num_cpus": 1},
+        "llm": {
+            "dtype": "bfloat16",
+            "device": "cpu",
+            "threads": os.cpu_count() or 1,
+            "kv_cache_memory": KV_GIB * 2**30,
+            "prefix_caching": prefix_caching,
+        },
+    }
+    config = {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [
+            {
+                "name": "blaze",
+                "route_prefix": "/",
+                "import_path": "deployments.app:build_app",
+                "args": {"models": [model]},
+            }
+        ],
+    }
+    path = scratch / "blaze.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [sys.executable, "-m", "blaze.cli", "up", str(path)]
+    environment = {"XDG_STATE_HOME": str(scratch / "state"), "COLUMNS": "200"}
+    url = f"http://127.0.0.1:{port}"
+    process = Contestant(BLAZE, command, scratch / "blaze.log", environment, logs_output=True)
+    return Server(process, f"{url}/v1/chat/completions", f"{url}/ready")
+
+
+def vllm_server(
+    name: str, venv: Path, setup: vllm_cpu.Setup, scratch: Path, *, prefix_caching: bool
+) -> Server:
+    port = free_port()
+    command = [str(venv / "bin" / "vllm"), "serve", str(folder()), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", MODEL, "--dtype", "bfloat16"]
+    if not prefix_caching:
+        command.append("--no-enable-prefix-caching")
+    environment = vllm_cpu.environment(venv, setup, kv_gib=KV_GIB)
+    url = f"http://127.0.0.1:{port}"
+    process = Contestant(name, command, scratch / f"vllm-{setup}.log", environment, logs_output=True)
+    return Server(process, f"{url}/v1/chat/completions", f"{url}/health")
+
+
+def wait_until_ready(server: Server) -> None:
+    give_up = time.monotonic() + START_S
+    while time.monotonic() < give_up:
+        if server.process.process.poll() is not None:
+            break
+        try:
+            if httpx.get(server.ready, timeout=2.0, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise RuntimeError(f"{server.process.name} did not come up:\n{server.process.last_words()}")
+
+
+def bodies(draw: random.Random, count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": random_text(draw, draw.randint(*PROMPT_TOKENS))}],
+            "max_tokens": NEW_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        for _ in range(count)
+    ]
+
+
+def turn(client: Contestant, server: Server, requests: list[dict[str, Any]], connections: int) -> Turn:
+    server.process.wakes()
+    time.sleep(SETTLE_S)
+    with machine.CpuUse([*server.process.processes(), *client.processes()]) as use:
+        found = client.ask({"url": server.url, "bodies": requests, "connections": connections})
+    server.process.rests()
+    load = StreamLoad(**found)
+    if load.completion_tokens != len(requests) * NEW_TOKENS:
+        raise RuntimeError(f"{server.process.name}: usage says {load.completion_tokens} tokens")
+    return Turn(load, use.own, use.others)
+
+
+def measure(client: Contestant, servers: list[Server], rounds: int, requests: dict[int, int]) -> Results:
+    results: Results = {s.process.name: {connections: [] for connections in requests} for s in servers}
+    draw = random.Random(0)
+    for number in range(-1, rounds):  # one before the first, shorter, that is not counted
+        for connections, count in requests.items():
+            if number < 0:
+                for server in servers:
+                    turn(client, server, bodies(draw, connections), connections)
+                continue
+            drawn = bodies(draw, count)  # the same for all
+            first = number % len(servers)
+            turns = {}
+            for server in servers[first:] + servers[:first]:
+                got = turns[server.process.name] = turn(client, server, drawn, connections)
+                results[server.process.name][connections].append(got)
+                shown = ", ".join(f"{metric(got.load):.1f} {name}" for name, metric in METRICS.items())
+                print(
+                    f"round {number + 1}, {connections} connections: {server.process.name} {shown}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            if len({got.load.prompt_tokens for got in turns.values()}) > 1:
+                raise RuntimeError("the servers count different prompts: not the same work")
+    return results
+
+
+def median_of(turns: list[Turn], metric: Metric) -> float:
+    return statistics.median(metric(turn.load) for turn in turns)
+
+
+def ratios(results: Results, rival: str, connections: int, metric: Metric) -> list[float]:
+    pairs = zip(results[BLAZE][connections], results[rival][connections], strict=True)
+    return [metric(ours.load) / metric(theirs.load) for ours, theirs in pairs]
+
+
+def report(results: Results, servers: list[Server]) -> None:
+    print(
+        f"\n{'':14}{'connections':>12}" + "".join(f"{name:>13}" for name in METRICS) + f"{'idle cores':>12}"
+    )
+    for server in servers:
+        name = server.process.name
+        idle = max(server.process.idle_cores, default=0.0)
+        for connections, turns in results[name].items():
+            row = "".join(f"{median_of(turns, metric):>13.1f}" for metric in METRICS.values())
+            print(f"{name:14}{connections:>12}{row}{idle:>12.3f}")
+    print("\nrounds")
+    for what, metric in METRICS.items():
+        for name, by_connections in results.items():
+            for connections, turns in by_connections.items():
+                shown = "  ".join(
+                    f"{metric(turn.load):.1f}{'*' * (turn.other_cores > NOISY_CORES)}" for turn in turns
+                )
+                print(f"{what:12}{name:14}{connections:>4}  {shown}")
+    print(f"* others used more than {NOISY_CORES} cores meanwhile, idle contestants included")
+    if BLAZE not in results or len(results) < 2:
+        return
+    print("\nBlaze / rival, medians of the rounds' own (rounds); below 1 is better for times")
+    for rival in (name for name in results if name != BLAZE):
+        for what, metric in METRICS.items():
+            for connections in results[rival]:
+                found = ratios(results, rival, connections, metric)
+                shown = ", ".join(f"{ratio:.2f}" for ratio in found)
+                print(f"{rival:14}{what:12}{connections:>4}{statistics.median(found):>7.2f}  ({shown})")
+
+
+def as_json(results: Results, servers: list[Server]) -> dict[str, Any]:
+    rivals = [name for name in results if name != BLAZE] if BLAZE in results else []
+    return {
+        "turns": {
+            name: {
+                connections: [
+                    {what: metric(turn.load) for what, metric in METRICS.items()}
+                    | {"own_cores": turn.own_cores, "other_cores": turn.other_cores}
+                    for turn in turns
+                ]
+                for connections, turns in by_connections.items()
+            }
+            for name, by_connections in results.items()
+        },
+        "idle_cores": {server.process.name: server.process.idle_cores for server in servers},
+        "blaze_to_rival": {
+            rival: {
+                what: {
+                    connections: statistics.median(ratios(results, rival, connections, metric))
+                    for connections in results[rival]
+                }
+                for what, metric in METRICS.items()
+            }
+            for rival in rivals
+        },
+    }
+
+
+def vllm_version(venv: Path) -> str:
+    return next((venv / "lib").glob("python*/site-packages/vllm-*.dist-info")).name.split("-")[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="does it run? one round, few requests")
+    parser.add_argument("--no-prefix-caching", action="store_true", help="off in both, instead of on")
+    parser.add_argument("--without", choices=SHORT, nargs="*", default=[], help="leave these out")
+    parser.add_argument("--vllm-venv", type=Path, help="where vLLM is (or: BLAZE_VLLM_VENV)")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rounds, requests = (1, {1: 2, 8: 8}) if options.quick else (options.rounds, REQUESTS)
+    left_out = {name for short in options.without for name in SHORT[short]}
+    prefix_caching = not options.no_prefix_caching
+
+    with tempfile.TemporaryDirectory(prefix="blaze-benchmark-") as name, ExitStack() as running:
+        scratch, versions = Path(name), machine.versions()
+        made = [blaze_server(scratch, prefix_caching=prefix_caching)]
+        if wanted := [vllm for vllm in VLLM if vllm not in left_out]:
+            venv = vllm_cpu.venv_from(options.vllm_venv)
+            versions["vllm"] = vllm_version(venv)
+            setups: dict[str, vllm_cpu.Setup] = {VLLM[0]: "default", VLLM[1]: "tuned"}
+            made += [
+                vllm_server(vllm, venv, setups[vllm], scratch, prefix_caching=prefix_caching)
+                for vllm in wanted
+            ]
+        client = running.enter_context(
+            Contestant("client", [sys.executable, "-m", "benchmarks.streams"], scratch / "client.log")
+        )
+        client.hear()
+        for server in made:
+            running.enter_context(server.process)
+            wait_until_ready(server)  # one after another: loading is work too
+        results = measure(client, made, rounds, requests)
+
+    print(machine.describe())
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    low, high = PROMPT_TOKENS
+    print(
+        f"prompts of {low} to {high} tokens, {NEW_TOKENS} out; prefix caching "
+        f"{'on' if prefix_caching else 'off'} in all; medians of {rounds} rounds"
+    )
+    report(results, made)
+    if options.json:
+        whole = {
+            "machine": machine.describe(),
+            "versions": versions,
+            "rounds": rounds,
+            "requests": requests,
+            "prompt_tokens": PROMPT_TOKENS,
+            "new_tokens": NEW_TOKENS,
+            "prefix_caching": prefix_caching,
+            **as_json(results, made),
+        }
+        options.json.write_text(json.dumps(whole, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
