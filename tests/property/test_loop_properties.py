@@ -59,7 +59,7 @@ TURN = st.builds(
     Turn,
     arrivals=st.lists(ARRIVAL, max_size=2),
     seconds=st.sampled_from([0.0, 0.5, 1.0]),
-    fails=st.sampled_from([False] * 9 + [True]),
+    fails=st.sampled_from([False, False, False, True]),
 )
 
 
@@ -123,9 +123,10 @@ class Bench:
                 await self.leave(client)
         self.clock.advance(turn.seconds)
         step = self.loop.schedule()
-        gone = [client for client in self.clients if client.left]
-        assert not any(work.sequence is choice.sequence for work in step.work for client in gone
-                       for choice in client.job.choices), "nobody waits for it any more"  # fmt: skip
+        unwanted = {
+            choice.sequence for client in self.clients if client.left for choice in client.job.choices
+        }
+        assert not any(work.sequence in unwanted for work in step.work), "nobody waits for it any more"
         self.failing = turn.fails
         try:
             self.loop.execute(step)

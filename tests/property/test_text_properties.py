@@ -22,8 +22,9 @@ STOPS = st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=4)
 @st.composite
 def cut(draw: st.DrawFn, text: Text) -> list[Text]:
     """The text in pieces."""
-    places = st.sets(st.integers(1, len(text) - 1), max_size=30) if len(text) > 1 else st.just(set[int]())
-    cuts = draw(places)
+    cuts: set[int] = set()
+    if len(text) > 1:
+        cuts = draw(st.sets(st.integers(1, len(text) - 1), max_size=30))
     edges = [0, *sorted(cuts), len(text)]
     return [text[start:end] for start, end in pairwise(edges)]
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import pytest
+
 from blaze.engines.llm.choice import Choice
 from blaze.engines.llm.sampling import SampledToken
 from blaze.engines.llm.sequence import Sequence
 from blaze.engines.llm.vocabulary import Vocabulary
 from blaze.sampling_params import SamplingParams
-from blaze.types import ChoiceFinished, Event, TextDelta
+from blaze.types import ChoiceFinished, Event, TextDelta, TokenLogprob, TopLogprob
 from tests.fake_models import CharacterNames
 from tests.fakes import ByteDecoder
 from tests.samples import text_of
@@ -16,10 +18,15 @@ A, B, C, EURO_HEAD, EURO_TAIL, WORD = range(1, 7)
 
 
 def new_choice(
-    *, max_tokens: int = 100, index: int = 0, generated: tuple[int, ...] = (), **sampling: object
+    *,
+    max_tokens: int = 100,
+    index: int = 0,
+    prompt: tuple[int, ...] = (9, 9),
+    generated: tuple[int, ...] = (),
+    **sampling: object,
 ) -> Choice:
     vocabulary = Vocabulary(ByteDecoder(PIECES), CharacterNames(), frozenset({EOS}))
-    sequence = Sequence((9, 9), (0.0, 0, index), generated=generated)
+    sequence = Sequence(prompt, (0.0, 0, index), generated=generated)
     params = SamplingParams(**sampling)  # type: ignore[arg-type]
     return Choice(index, sequence, params, max_tokens, vocabulary)
 
@@ -117,3 +124,67 @@ def test_what_was_generated_elsewhere_is_counted_and_not_sent_again() -> None:
     assert choice.num_generated == 2
     assert text_of(run(choice, EURO_TAIL, B)) == ""
     assert choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("generated", "reason"),
+    [((A, EOS), "stop"), ((A, B, C), "length"), ((A, B), "stop"), ((A,), None), ((), None)],
+)
+def test_what_was_complete_elsewhere_is_complete(generated: tuple[int, ...], reason: str | None) -> None:
+    choice = new_choice(max_tokens=3, generated=generated, stop=("AB",) if len(generated) == 2 else ())
+    assert choice.finish_reason == reason
+    assert choice.num_generated == len(generated)
+
+
+def test_what_came_after_the_end_elsewhere_does_not_change_how_it_ended() -> None:
+    assert new_choice(max_tokens=3, generated=(A, EOS, B, C)).finish_reason == "stop"
+
+
+def test_an_end_token_that_comes_too_early_is_passed_over() -> None:
+    events = run(new_choice(min_tokens=2, stop_token_ids=(B,)), EOS, B, EOS)
+    assert [event.token_ids for event in events if isinstance(event, TextDelta)] == [(EOS,), (B,), (EOS,)]
+    assert events[-1] == ChoiceFinished(0, "stop")
+
+
+def test_a_stop_string_that_begins_before_min_tokens_is_text() -> None:
+    events = run(new_choice(min_tokens=2, max_tokens=4, stop=("AB",)), A, B, A, B)
+    assert text_of(events) == "AB"
+    assert events[-1] == ChoiceFinished(0, "stop")
+
+
+def test_a_stop_string_in_what_an_end_token_releases_is_found() -> None:
+    events = run(new_choice(stop=("\ufffd",)), A, EURO_HEAD, EOS)
+    assert text_of(events) == "A"
+    assert events[-1] == ChoiceFinished(0, "stop")
+
+
+def test_the_sampler_is_told_the_place_the_ends_and_what_penalties_look_at() -> None:
+    plain = new_choice(index=2, generated=(A,), stop_token_ids=(C,)).row()
+    assert (plain.choice, plain.position, plain.end_ids) == (2, 1, frozenset({EOS, C}))
+    assert plain.history is None
+    assert new_choice(ignore_eos=True, stop_token_ids=(C,)).row().end_ids == {C}
+    assert new_choice(presence_penalty=1.0).row().history is not None
+
+
+def test_log_probabilities_name_the_token_and_the_likeliest() -> None:
+    choice = new_choice(logprobs=2)
+    (delta,) = choice.append(SampledToken(A, -0.5, ((A, -0.5), (B, -1.0))))
+    assert isinstance(delta, TextDelta)
+    assert delta.logprobs == (
+        TokenLogprob(chr(A), A, -0.5, (TopLogprob(chr(A), A, -0.5), TopLogprob(chr(B), B, -1.0))),
+    )
+
+
+def test_the_prompt_comes_once_and_before_the_first_token() -> None:
+    choice = new_choice(echo=True, prompt=(A, EURO_HEAD, EURO_TAIL))
+    assert run(choice, B, C) == [
+        TextDelta(0, "A\u20ac", (A, EURO_HEAD, EURO_TAIL), echo=True),
+        TextDelta(0, "B", (B,)),
+        TextDelta(0, "C", (C,)),
+    ]
+
+
+def test_of_the_prompt_alone_no_token_is_kept() -> None:
+    choice = new_choice(echo=True, max_tokens=0, prompt=(A,))
+    assert run(choice, B) == [TextDelta(0, "A", (A,), echo=True), ChoiceFinished(0, "length")]
+    assert choice.num_generated == 0

@@ -36,6 +36,10 @@ def test_text_tokens_and_messages_become_ids() -> None:
     assert encode("ab") == (ord(">"), 97, 98)
 
 
+def test_half_a_character_is_refused() -> None:
+    assert refusal(TextPrompt("a\ud800")).param == "prompt"
+
+
 # --- The context -------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,17 @@ def test_a_request_whose_reader_left_is_not_counted_as_running() -> None:
         assert (found.running, found.queued) == (0, 0)
 
 
+def test_requests_that_come_and_go_between_steps_are_set_not_counted() -> None:
+    counter = StepCounter(FakeClock())
+    with counter.queued(), counter.queued(), counter.queued():
+        counter.set_running(2)
+        counter.set_running(2)
+        found = status(counter)
+        assert (found.state, found.running, found.queued) == ("busy", 2, 1)
+        counter.set_running(0)
+        assert (status(counter).state, status(counter).queued) == ("idle", 3)
+
+
 def test_spans_end_when_they_raise() -> None:
     counter = StepCounter(FakeClock())
     with pytest.raises(ValueError), counter.queued(), counter.running(1):

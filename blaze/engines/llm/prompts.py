@@ -56,6 +56,7 @@ class PromptEncoder:
         if isinstance(prompt, ChatPrompt):
             return self._chat_ids(prompt)
         if isinstance(prompt, TextPrompt):
+            _check_encodable(prompt.text)
             return tuple(self._tokenizer(prompt.text)["input_ids"])
         self._check_known(prompt.token_ids, "prompt")
         return prompt.token_ids
@@ -76,6 +77,14 @@ class PromptEncoder:
                 f"The model's chat template refused the messages: {error}", param="messages"
             ) from error
         return tuple(encoded["input_ids"])
+
+
+def _check_encodable(text: str) -> None:
+    """HTTP clients cannot send lone surrogates, but calls over a handle can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"The prompt is not Unicode text: {error}", param="prompt") from error
 
 
 def _as_template_message(message: ChatMessage) -> dict[str, Any]:
