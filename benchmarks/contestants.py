@@ -75,6 +75,7 @@ class Contestant:
                 self.process.wait()
         if self.process.stdout:
             self.process.stdout.close()
+        self._idle_since = None
         left = self.processes()
         for process in left:
             with suppress(psutil.NoSuchProcess):

@@ -204,7 +204,7 @@ def main() -> None:
     names = [name for name in NAMES if name not in left_out]
     venv = None if left_out.issuperset(VLLM) else vllm_cpu.venv_from(options.vllm_venv)
 
-    versions, notes = machine.versions(), {}
+    versions, notes = machine.versions(), dict[str, str]()
     with tempfile.TemporaryDirectory(prefix="blaze-benchmark-") as logs, ExitStack() as running:
         present = []
         for contestant in contestants(names, venv, Path(logs)):

@@ -5,9 +5,11 @@ greedy. Closed loops of 1, 8 and 32 connections: tokens/s, median time to the fi
 percentile of the gaps between arrivals of text, all on the client's clock (see :mod:`benchmarks.streams`).
 Both servers have their defaults, prefix caching included, which here finds nothing but the chat template's
 own beginning; vLLM runs as it comes and tuned as its documentation says. All are up at once and measured in
-turns; what the others use meanwhile is printed as idle cores.
+turns. A server that waits is not quite idle (Ray's processes look after each other), which costs whoever is
+measured: it is printed as idle cores, and with --alone only one server is up at a time, started anew for each
+of its rounds.
 
-Run: `python -m benchmarks.llm_http [--rounds 3] [--without NAME ...] [--json PATH]`.
+Run: `python -m benchmarks.llm_http [--rounds 3] [--alone] [--without NAME ...] [--json PATH]`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,30 +162,73 @@ def turn(client: Contestant, server: Server, requests: list[dict[str, Any]], con
     return Turn(load, use.own, use.others)
 
 
-def measure(client: Contestant, servers: list[Server], rounds: int, requests: dict[int, int]) -> Results:
-    results: Results = {s.process.name: {connections: [] for connections in requests} for s in servers}
+@dataclass(frozen=True)
+class Load:
+    """What a round is: for each number of connections, the requests that all servers get."""
+
+    warm_up: dict[int, list[dict[str, Any]]]
+    counted: dict[int, list[dict[str, Any]]]
+
+
+def loads(rounds: int, requests: dict[int, int], *, warm_ups: int) -> Iterator[Load]:
+    """No prompt comes twice, so that no cache holds one. The first ``warm_ups`` rounds begin with one."""
     draw = random.Random(0)
-    for number in range(-1, rounds):  # one before the first, shorter, that is not counted
-        for connections, count in requests.items():
-            if number < 0:
-                for server in servers:
-                    turn(client, server, bodies(draw, connections), connections)
-                continue
-            drawn = bodies(draw, count)  # the same for all
+    for number in range(rounds):
+        warm = {n: bodies(draw, n) for n in requests} if number < warm_ups else {}
+        yield Load(warm, {n: bodies(draw, count) for n, count in requests.items()})
+
+
+def play(client: Contestant, server: Server, load: Load, connections: int, results: Results) -> None:
+    got = turn(client, server, load.counted[connections], connections)
+    results[server.process.name][connections].append(got)
+    shown = ", ".join(f"{metric(got.load):.1f} {name}" for name, metric in METRICS.items())
+    print(f"{connections} connections: {server.process.name} {shown}", file=sys.stderr, flush=True)
+
+
+def warm_up(client: Contestant, server: Server, load: Load) -> None:
+    for connections, requests in load.warm_up.items():
+        turn(client, server, requests, connections)
+
+
+def together(client: Contestant, servers: list[Server], rounds: int, requests: dict[int, int]) -> Results:
+    """All are up; they take turns at each number of connections."""
+    results: Results = {server.process.name: {n: [] for n in requests} for server in servers}
+    with ExitStack() as running:
+        for server in servers:
+            running.enter_context(server.process)
+            wait_until_ready(server)  # one after another: loading is work too
+        for number, load in enumerate(loads(rounds, requests, warm_ups=1)):
+            for server in servers:
+                warm_up(client, server, load)
             first = number % len(servers)
-            turns = {}
-            for server in servers[first:] + servers[:first]:
-                got = turns[server.process.name] = turn(client, server, drawn, connections)
-                results[server.process.name][connections].append(got)
-                shown = ", ".join(f"{metric(got.load):.1f} {name}" for name, metric in METRICS.items())
-                print(
-                    f"round {number + 1}, {connections} connections: {server.process.name} {shown}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            if len({got.load.prompt_tokens for got in turns.values()}) > 1:
-                raise RuntimeError("the servers count different prompts: not the same work")
+            for connections in requests:
+                for server in servers[first:] + servers[:first]:
+                    play(client, server, load, connections, results)
     return results
+
+
+def alone(client: Contestant, servers: list[Server], rounds: int, requests: dict[int, int]) -> Results:
+    """One is up at a time; they take turns at whole rounds."""
+    results: Results = {server.process.name: {n: [] for n in requests} for server in servers}
+    for number, load in enumerate(loads(rounds, requests, warm_ups=rounds)):
+        first = number % len(servers)
+        for server in servers[first:] + servers[:first]:
+            with server.process:
+                wait_until_ready(server)
+                warm_up(client, server, load)
+                for connections in requests:
+                    play(client, server, load, connections, results)
+    return results
+
+
+def check_same_work(results: Results) -> None:
+    for connections in REQUESTS:
+        counts = {
+            tuple(turn.load.prompt_tokens for turn in by_connections.get(connections, ()))
+            for by_connections in results.values()
+        }
+        if len(counts) > 1:
+            raise RuntimeError(f"the servers count different prompts, not the same work: {counts}")
 
 
 def median_of(turns: list[Turn], metric: Metric) -> float:
@@ -254,13 +299,18 @@ def as_json(results: Results, servers: list[Server]) -> dict[str, Any]:
 
 
 def vllm_version(venv: Path) -> str:
-    return next((venv / "lib").glob("python*/site-packages/vllm-*.dist-info")).name.split("-")[1]
+    return (
+        next((venv / "lib").glob("python*/site-packages/vllm-*.dist-info"))
+        .name.split("-")[1]
+        .removesuffix(".dist")
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="does it run? one round, few requests")
+    parser.add_argument("--alone", action="store_true", help="one server at a time, not all at once")
     parser.add_argument("--no-prefix-caching", action="store_true", help="off in both, instead of on")
     parser.add_argument("--without", choices=SHORT, nargs="*", default=[], help="leave these out")
     parser.add_argument("--vllm-venv", type=Path, help="where vLLM is (or: BLAZE_VLLM_VENV)")
@@ -285,10 +335,9 @@ def main() -> None:
             Contestant("client", [sys.executable, "-m", "benchmarks.streams"], scratch / "client.log")
         )
         client.hear()
-        for server in made:
-            running.enter_context(server.process)
-            wait_until_ready(server)  # one after another: loading is work too
+        measure = alone if options.alone else together
         results = measure(client, made, rounds, requests)
+        check_same_work(results)
 
     print(machine.describe())
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
@@ -307,6 +356,7 @@ def main() -> None:
             "prompt_tokens": PROMPT_TOKENS,
             "new_tokens": NEW_TOKENS,
             "prefix_caching": prefix_caching,
+            "alone": options.alone,
             **as_json(results, made),
         }
         options.json.write_text(json.dumps(whole, indent=2), encoding="utf-8")

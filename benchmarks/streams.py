@@ -106,6 +106,7 @@ class _Connection(asyncio.Protocol):
 async def closed_loop(url: str, bodies: list[bytes], connections: int) -> StreamLoad:
     """Each connection takes the next body as soon as its answer is complete, until none is left."""
     parts = urlsplit(url)
+    host, port = parts.hostname or "127.0.0.1", parts.port or 80
     waiting = iter(bodies)
     answers: list[tuple[float, list[Read]]] = []
 
@@ -120,9 +121,7 @@ async def closed_loop(url: str, bodies: list[bytes], connections: int) -> Stream
             answers.append((started, reads))
 
     loop = asyncio.get_running_loop()
-    made = [
-        (await loop.create_connection(_Connection, parts.hostname, parts.port))[1] for _ in range(connections)
-    ]
+    made = [(await loop.create_connection(_Connection, host, port))[1] for _ in range(connections)]
     try:
         await asyncio.gather(*(client(connection) for connection in made))
     finally:

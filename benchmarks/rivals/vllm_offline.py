@@ -11,7 +11,7 @@ from benchmarks.worker import Line
 
 def main(model: str) -> None:
     line = Line()
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
     llm = LLM(model=model, dtype="bfloat16", enable_prefix_caching=False, disable_log_stats=True, seed=0)
     line.send({"versions": {"vllm": version("vllm"), "vllm's torch": version("torch")}})
