@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import cache
@@ -15,6 +16,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
+_HEADER = Path(__file__).with_name("vectors.h")
 _FLAGS = (
     "-std=c++17",
     "-O3",
@@ -40,7 +42,7 @@ def library(folder: Path) -> Path | None:
         return None
     target = folder / f"kernels-{_fingerprint(compiler)}.so"
     if target.exists():
-        return target
+        return target if _is_ours(target) else None
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / target.name
@@ -56,13 +58,24 @@ def library(folder: Path) -> Path | None:
             detail = getattr(error, "stderr", None) or error
             logger.warning("the CPU kernels were not compiled, torch's operators serve instead: %s", detail)
             return None
+        built.chmod(0o755)  # whatever the umask
         built.replace(target)  # whole or not at all, also when two replicas build at once
     return target
 
 
+def _is_ours(target: Path) -> bool:
+    """What others could have written is not run."""
+    status = target.stat()
+    ours = status.st_uid in {0, os.getuid()} and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not ours:
+        logger.warning("%s can be written by others: torch's operators serve instead", target)
+    return ours
+
+
 def _fingerprint(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (_SOURCE.read_text(encoding="utf-8"), " ".join(_FLAGS), version, platform.machine(), _cpu())
+    sources = [file.read_text(encoding="utf-8") for file in (_SOURCE, _HEADER)]
+    parts = (*sources, " ".join(_FLAGS), version, platform.machine(), _cpu())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
