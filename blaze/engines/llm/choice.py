@@ -46,14 +46,12 @@ class Choice:
         self.num_generated = sequence.num_generated
         self._max_tokens = max_tokens
         self.names = vocabulary.names
-        self._eos_ids = frozenset() if sampling.ignore_eos else vocabulary.eos_ids
-        self._end_ids = self._eos_ids | set(sampling.stop_token_ids)
+        eos_ids = frozenset() if sampling.ignore_eos else vocabulary.eos_ids
+        self._end_ids = eos_ids | set(sampling.stop_token_ids)
         self._detokenizer = IncrementalDetokenizer(vocabulary.decoder)
         self._stops = StopStrings(sampling.stop)
-        prompt, generated = (
-            sequence.token_ids[: sequence.prompt_len],
-            sequence.token_ids[sequence.prompt_len :],
-        )
+        prompt = sequence.token_ids[: sequence.prompt_len]
+        generated = sequence.token_ids[sequence.prompt_len :]
         self._history = TokenHistory(prompt, generated) if needs_history(sampling) else None
         self.prompt_logprobs: dict[int, TokenLogprob] = {}  # by position, when they were asked for
         self._echoed = not sampling.echo or bool(generated)

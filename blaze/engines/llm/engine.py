@@ -16,7 +16,7 @@ from blaze.engines.channel import EventChannel
 from blaze.engines.llm.choice import Choice
 from blaze.engines.llm.job import Job
 from blaze.engines.llm.loading import ServedModel, load
-from blaze.engines.llm.loop import EngineBroken, EngineLoop
+from blaze.engines.llm.loop import EngineLoop
 from blaze.engines.llm.prompts import PromptEncoder
 from blaze.engines.llm.scheduler import rank
 from blaze.engines.llm.sequence import Sequence
@@ -145,7 +145,7 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
                 self._progress.set_running(loop.num_running_jobs)
                 loop.execute(step)
                 self._progress.set_running(loop.num_running_jobs)
-        except EngineBroken:
+        except Exception:
             logger.exception("the engine gives up")  # its status says failed from here on
             end = EngineFailure("The engine has failed.")
         finally:

@@ -154,12 +154,14 @@ class EngineLoop:
             logger.exception("a request failed in the middle of its batch")
             self._give_up(job, EngineFailure(f"The engine failed on this request: {type(error).__name__}."))
             return
-        job.give(events)
         if choice.finish_reason is None:
             choice.sequence.token_ids.append(sampled.token_id)
+            job.give(events)
             return
+        # The memory is free before anybody hears that the answer has ended.
         del self._owners[choice.sequence]
         self.scheduler.remove(choice.sequence)
+        job.give(events)
         if job.over:
             del self._jobs[job]
 
@@ -175,8 +177,8 @@ class EngineLoop:
 
     def _note(self, choice: Choice, work: Work, logits: torch.Tensor) -> None:
         """Logits at a position are of the token after it."""
-        ids = work.sequence.token_ids[: work.sequence.prompt_len]
-        targets = ids[work.start + 1 : work.end + 1]
+        end = min(work.end + 1, work.sequence.prompt_len)
+        targets = work.sequence.token_ids[work.start + 1 : end]
         measured = token_logprobs(
             logits[: len(targets)],
             torch.tensor(targets, device=logits.device, dtype=torch.int64),
