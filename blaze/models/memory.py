@@ -21,12 +21,16 @@ _BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def replica_bytes(model: ModelConfig) -> int:
-    """An estimate for one replica: its process and its weights. Unknown weights (hub) count as nothing."""
+    """An estimate for one replica: process, weights, keys and values. Unknown weights count as nothing."""
     options = model.llm_options if model.engine is EngineKind.LLM else model.diffusion_options
     source = None if model.source is None else parse_source(model.source, revision=model.revision)
+    # Keys and values: a fraction is of what is free by then, so it always fits.
+    budget = model.llm_options.kv_cache_memory if model.engine is EngineKind.LLM else 0
+    kv_bytes = budget if isinstance(budget, int) else 0
     # "auto" may turn out as either: the larger one is the honest estimate.
     width = _BYTES_PER_VALUE.get(options.dtype, 4)
-    return PROCESS_BYTES[model.engine] + (0 if source is None else parameters(source) * width)
+    weights = 0 if source is None else parameters(source) * width
+    return PROCESS_BYTES[model.engine] + weights + kv_bytes
 
 
 def parameters(source: ModelSource) -> int:

@@ -65,6 +65,15 @@ def test_a_replica_takes_its_process_and_its_weights(folder: Path, dtype: str, w
     assert replica_bytes(model) == PROCESS_BYTES[EngineKind.LLM] + 230 * width
 
 
+def test_memory_for_keys_and_values_counts_when_it_is_said_in_bytes(folder: Path) -> None:
+    def model(budget: float) -> ModelConfig:
+        return ModelConfig.model_validate(
+            {"name": "m", "engine": "llm", "source": str(folder), "llm": {"kv_cache_memory": budget}}
+        )
+
+    assert replica_bytes(model(2**30)) == replica_bytes(model(0.5)) + 2**30
+
+
 def test_the_dtype_of_a_diffusion_model_is_its_own(folder: Path) -> None:
     model = ModelConfig.model_validate(
         {"name": "m", "engine": "diffusion", "source": str(folder), "diffusion": {"dtype": "bfloat16"}}
