@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
@@ -28,31 +27,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import httpx
-import yaml
-
 from benchmarks import machine
 from benchmarks.contestants import Contestant
-from benchmarks.llm_engine import KV_GIB, NOISY_CORES, SETTLE_S
+from benchmarks.http_servers import (
+    BLAZE,
+    MODEL,
+    VLLM,
+    Server,
+    blaze_server,
+    vllm_server,
+    vllm_version,
+    wait_until_ready,
+)
+from benchmarks.llm_engine import NOISY_CORES, SETTLE_S
 from benchmarks.rivals import vllm_cpu
-from benchmarks.smollm2 import SOURCE, folder, random_text
+from benchmarks.smollm2 import random_text
 from benchmarks.streams import StreamLoad
-from deployments.local import free_port
 
 REQUESTS = {1: 6, 8: 24, 32: 64}  # connections: requests in a turn
 PROMPT_TOKENS = (16, 600)
 NEW_TOKENS = 64
-MODEL = "smollm2-135m"
-NAMES = BLAZE, *VLLM = ("Blaze", "vLLM default", "vLLM tuned")
 SHORT = {"vllm": tuple(VLLM), "vllm-default": (VLLM[0],), "vllm-tuned": (VLLM[1],)}
-START_S = 300.0
-
-
-@dataclass(frozen=True)
-class Server:
-    process: Contestant
-    url: str  # of its chat endpoint
-    ready: str  # answers 200 once it serves
 
 
 @dataclass(frozen=True)
@@ -69,70 +64,6 @@ METRICS: dict[str, Metric] = {
     "TTFT p50 ms": lambda load: load.ttft_p50_ms,
     "gap p99 ms": lambda load: load.gap_p99_ms,
 }
-
-
-def blaze_server(scratch: Path, *, prefix_caching: bool) -> Server:
-    port = free_port()
-    model = {
-        "name": MODEL,
-        "engine": "llm",
-        "source": SOURCE,
-        "replicas": 1,
-        "resources": {"num_cpus": 1},
-        "llm": {
-            "dtype": "bfloat16",
-            "device": "cpu",
-            "threads": os.cpu_count() or 1,
-            "kv_cache_memory": KV_GIB * 2**30,
-            "prefix_caching": prefix_caching,
-        },
-    }
-    config = {
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [
-            {
-                "name": "blaze",
-                "route_prefix": "/",
-                "import_path": "deployments.app:build_app",
-                "args": {"models": [model]},
-            }
-        ],
-    }
-    path = scratch / "blaze.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    command = [sys.executable, "-m", "blaze.cli", "up", str(path)]
-    environment = {"XDG_STATE_HOME": str(scratch / "state"), "COLUMNS": "200"}
-    url = f"http://127.0.0.1:{port}"
-    process = Contestant(BLAZE, command, scratch / "blaze.log", environment, logs_output=True)
-    return Server(process, f"{url}/v1/chat/completions", f"{url}/ready")
-
-
-def vllm_server(
-    name: str, venv: Path, setup: vllm_cpu.Setup, scratch: Path, *, prefix_caching: bool
-) -> Server:
-    port = free_port()
-    command = [str(venv / "bin" / "vllm"), "serve", str(folder()), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--served-model-name", MODEL, "--dtype", "bfloat16"]
-    if not prefix_caching:
-        command.append("--no-enable-prefix-caching")
-    environment = vllm_cpu.environment(venv, setup, kv_gib=KV_GIB)
-    url = f"http://127.0.0.1:{port}"
-    process = Contestant(name, command, scratch / f"vllm-{setup}.log", environment, logs_output=True)
-    return Server(process, f"{url}/v1/chat/completions", f"{url}/health")
-
-
-def wait_until_ready(server: Server) -> None:
-    give_up = time.monotonic() + START_S
-    while time.monotonic() < give_up:
-        if server.process.process.poll() is not None:
-            break
-        try:
-            if httpx.get(server.ready, timeout=2.0, trust_env=False).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
-    raise RuntimeError(f"{server.process.name} did not come up:\n{server.process.last_words()}")
 
 
 def bodies(draw: random.Random, count: int) -> list[dict[str, Any]]:
@@ -296,14 +227,6 @@ def as_json(results: Results, servers: list[Server]) -> dict[str, Any]:
             for rival in rivals
         },
     }
-
-
-def vllm_version(venv: Path) -> str:
-    return (
-        next((venv / "lib").glob("python*/site-packages/vllm-*.dist-info"))
-        .name.split("-")[1]
-        .removesuffix(".dist")
-    )
 
 
 def main() -> None:
