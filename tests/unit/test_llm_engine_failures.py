@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from blaze.engines.llm import loop as loop_module
+from blaze.engines.llm.loop import EngineLoop
 from blaze.engines.llm.scheduler import Work
 from blaze.errors import EngineFailure
 from blaze.types import (
@@ -175,3 +176,15 @@ async def test_of_a_request_that_is_no_number_no_slot_keeps_anything(bench: Engi
     bad, _ = await bench.together(text_request(TextPrompt("b"), n=3), text_request(TextPrompt("c")))
     assert failure(bad).code == "non_finite_output"
     assert len(set(bench.runner.store.cleared)) == 3, "any of them may have computed it"
+
+
+async def test_a_fault_of_the_engine_s_own_is_told_as_its_failure(
+    bench: EngineBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_down(_loop: EngineLoop) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(EngineLoop, "schedule", break_down)
+    error = failure(await collect(bench.engine.run(text_request(TextPrompt("c")))))
+    assert (error.code, error.retryable, error.is_failure) == ("engine_error", True, True)
+    await until_status(bench.engine, state="failed")
