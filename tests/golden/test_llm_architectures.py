@@ -85,6 +85,12 @@ def test_other_architectures_are_served_by_the_stock_model(name: str, tmp_path: 
         _check_answers(engine, model)
 
 
+def test_a_compiled_model_answers_alike(tmp_path: Path) -> None:
+    model = save(tmp_path, STOCK["gpt2"])
+    with running(FolderSource(tmp_path), **OPTIONS, compile=True) as engine:
+        _check_answers(engine, model)
+
+
 @pytest.mark.parametrize("name", [name for name in FUSED if "llama-" not in name])
 def test_the_stock_runner_serves_the_llama_family_alike(name: str, tmp_path: Path) -> None:
     model = save(tmp_path, FUSED[name])
