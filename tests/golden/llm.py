@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from blaze.config import cache_dir
@@ -92,6 +93,14 @@ def running(source: ModelSource = SMOLLM2, **options: Any) -> Iterator[LLMEngine
         yield engine
     finally:
         asyncio.run(engine.stop())
+
+
+def without(patch: pytest.MonkeyPatch, what: Literal["library", "steps"]) -> None:
+    """As on a machine without a compiler, or on a processor without a bf16 dot product."""
+    if what == "library":
+        patch.setattr("blaze.engines.llm.loading.library", lambda folder: None)
+    else:
+        patch.setattr("blaze.engines.llm.loading.steps_serve", lambda library, model: False)
 
 
 def served_by(engine: LLMEngine) -> str:

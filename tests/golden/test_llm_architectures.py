@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from blaze.engines.llm import loading
 from blaze.engines.llm.engine import LLMEngine
-from blaze.engines.llm.fused import FusedModel, Layer, fuse
+from blaze.engines.llm.fused_model import FusedModel, Layer, LinearFormat, fuse
 from blaze.errors import ConfigError, ModelSourceError
 from blaze.models.sources import FolderSource
 from blaze.types import TokenId
-from tests.golden.llm import Tally, ask_one, running, served_by
+from tests.golden.llm import Tally, ask_one, running, served_by, without
 from tests.golden.tiny_models import BYTES, CONTEXT, FUSED, REFUSED, STOCK, save
 
 pytestmark = pytest.mark.models
@@ -103,7 +103,7 @@ def test_the_stock_runner_serves_the_llama_family_alike(name: str, tmp_path: Pat
 def test_torch_operators_serve_where_there_is_no_compiler(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blaze.engines.llm.native.build.library", lambda folder: None)
+    without(monkeypatch, "library")
     model = save(tmp_path, FUSED[name])
     with running(FolderSource(tmp_path), **OPTIONS, runner="fused") as engine:
         assert served_by(engine) == "fused, torch operators"
@@ -140,42 +140,45 @@ def test_what_needs_the_fused_runner_is_refused_without_it(options: dict[str, An
 # --- A fused model that computes something else is found out ------------------------------------------
 
 
-def _each(model: FusedModel, change: Callable[[int, Layer], Layer]) -> FusedModel:
+Model: TypeAlias = FusedModel[Any]
+
+
+def _each(model: Model, change: Callable[[int, Layer[Any]], Layer[Any]]) -> Model:
     return replace(model, layers=tuple(change(index, layer) for index, layer in enumerate(model.layers)))
 
 
-def _scale(model: FusedModel) -> FusedModel:
+def _scale(model: Model) -> Model:
     return _each(model, lambda _, layer: replace(layer, heads=replace(layer.heads, scale=1.0)))
 
 
-def _window(model: FusedModel) -> FusedModel:
+def _window(model: Model) -> Model:
     return _each(model, lambda _, layer: replace(layer, heads=replace(layer.heads, window=8)))
 
 
-def _weight(model: FusedModel) -> FusedModel:
+def _weight(model: Model) -> Model:
     return _each(
         model, lambda index, layer: replace(layer, output=model.layers[1].output) if index == 0 else layer
     )
 
 
-def _angles(model: FusedModel) -> FusedModel:
+def _angles(model: Model) -> Model:
     return replace(model, sin=-model.sin)
 
 
-def _epsilon(model: FusedModel) -> FusedModel:
+def _epsilon(model: Model) -> Model:
     return replace(model, eps=0.1)
 
 
-def _not_a_number(model: FusedModel) -> FusedModel:
+def _not_a_number(model: Model) -> Model:
     return replace(model, final_norm=model.final_norm * float("nan"))
 
 
 WRONG = (_scale, _window, _weight, _angles, _epsilon, _not_a_number)
 
 
-def _spoil(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[FusedModel], FusedModel]) -> None:
-    def spoilt(model: PreTrainedModel, max_model_len: int, *, int8: bool) -> FusedModel:
-        return wrong(fuse(model, max_model_len, int8=int8))
+def _spoil(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Model], Model]) -> None:
+    def spoilt(model: PreTrainedModel, max_model_len: int, linears: LinearFormat[Any]) -> Model:
+        return wrong(fuse(model, max_model_len, linears))
 
     monkeypatch.setattr(loading, "fuse", spoilt)
 
@@ -183,7 +186,7 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[FusedModel], FusedM
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_wrong_fused_model_gives_way_to_the_stock_one(
-    wrong: Callable[[FusedModel], FusedModel], dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wrong: Callable[[Model], Model], dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save(tmp_path, FUSED["llama-grouped-llama3"])
     _spoil(monkeypatch, wrong)

@@ -18,7 +18,7 @@ from blaze.engines.llm.engine import LLMEngine
 from blaze.engines.torch_setup import has_native_bfloat16
 from blaze.reports import KVCacheStatus
 from blaze.types import TokenId
-from tests.golden.llm import Answer, Tally, ask, ask_one, english, running, served_by
+from tests.golden.llm import Answer, Tally, ask, ask_one, english, running, served_by, without
 
 pytestmark = [
     pytest.mark.models,
@@ -45,11 +45,13 @@ REQUESTS: tuple[tuple[tuple[TokenId, ...], dict[str, Any]], ...] = (
 )
 
 
-@pytest.fixture(scope="module", params=["compiled kernels", "torch operators"])
+@pytest.fixture(scope="module", params=["compiled steps", "compiled kernels", "torch operators"])
 def operations(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "torch operators":
-            patch.setattr("blaze.engines.llm.native.build.library", lambda folder: None)
+        if request.param == "compiled kernels":
+            without(patch, "steps")
+        elif request.param == "torch operators":
+            without(patch, "library")
         yield f"fused, {request.param}"
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from blaze.engines.llm.fused import FusedModel
+from blaze.engines.llm.fused_model import FusedModel
 from blaze.engines.llm.kv_store import KVStore
+from blaze.engines.llm.linear import Linear
 from blaze.engines.llm.native.kernels import HeadsStruct, Kernels, StepStruct, pointer
 from blaze.engines.llm.step_rows import StepRows
 
@@ -15,7 +16,7 @@ from blaze.engines.llm.step_rows import StepRows
 class NativeOperations:
     name = "compiled kernels"
 
-    def __init__(self, model: FusedModel, store: KVStore, library: Path) -> None:
+    def __init__(self, model: FusedModel[Linear], store: KVStore, library: Path) -> None:
         self._kernels = Kernels(library, store.dtype)
         self._threads = torch.get_num_threads()
         self._weights: list[torch.Tensor] = []  # what the structures point into
@@ -76,7 +77,7 @@ class NativeOperations:
         return out
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        # A row that only keeps another company (see FusedModel.two_rows) is not attended for.
+        # A row that only keeps another company (see FusedRunner) is not attended for.
         out, address = self._scratch("attend", qkv.shape[0], self._width, qkv.dtype)
         heads, keys, values = self._layers[layer]
         self._kernels.attend(self._step, heads, qkv.data_ptr(), keys, values, address)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from blaze.engines.llm.fused import FusedModel, Heads
+from blaze.engines.llm.fused_model import FusedModel, Heads
 from blaze.engines.llm.kv_store import KVStore, row_index
 from blaze.engines.llm.layout import Run, rounded, slot_of
+from blaze.engines.llm.linear import Linear
 from blaze.engines.llm.scheduler import Work
 from blaze.engines.llm.step_rows import StepRows
 
@@ -21,7 +22,7 @@ _CHUNK_ROWS = 128  # of a prompt at once: bounds the scores, and skips the keys 
 class TorchOperations:
     name = "torch operators"
 
-    def __init__(self, model: FusedModel, store: KVStore) -> None:
+    def __init__(self, model: FusedModel[Linear], store: KVStore) -> None:
         self._model = model
         self._store = store
         self._half = model.layers[0].heads.dim // 2

@@ -78,16 +78,30 @@ class Int8Linear:
         return residual + self(x)
 
 
-def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, *, int8: bool) -> Linear:
-    """``weight`` is [out, in], as in ``nn.Linear``."""
-    if int8:
-        return Int8Linear(weight, bias)
-    if PackedLinear.serves(weight):
-        return PackedLinear(weight, bias)
-    return PlainLinear(weight, bias)
+class OperatorFormat:
+    """Weights for torch's operators; see :class:`blaze.engines.llm.fused_model.LinearFormat`."""
+
+    def __init__(self, *, int8: bool) -> None:
+        self._int8 = int8
+        self._shapes: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        if self._int8:
+            return Int8Linear(weight, bias)
+        self._shapes.setdefault(tuple(weight.shape), weight)
+        if PackedLinear.serves(weight):
+            return PackedLinear(weight, bias)
+        return PlainLinear(weight, bias)
+
+    def gate_up(self, gate: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return self.linear(torch.cat([gate, up]), bias)
+
+    def needs_two_rows(self) -> bool:
+        """Whether one of the matrices made so far treats a single row in a way of its own."""
+        return any(_needs_two_rows(weight) for weight in self._shapes.values())
 
 
-def needs_two_rows(weight: torch.Tensor) -> bool:
+def _needs_two_rows(weight: torch.Tensor) -> bool:
     """Whether a single row takes another way through the kernels than the same row among others.
 
     Asked of the kernel itself, with random numbers: its choice depends on the shape and on the machine.

@@ -11,11 +11,19 @@ import psutil
 import torch
 
 from blaze.engine_config import LLMConfig
-from blaze.engines.llm.fused import FusedRunner, fuse, why_not_fused
+from blaze.engines.llm.fused import FusedRunner
+from blaze.engines.llm.fused_cpu import NativeOperations
+from blaze.engines.llm.fused_model import fuse, why_not_fused
+from blaze.engines.llm.fused_step import StepRunner
+from blaze.engines.llm.fused_step import serves as steps_serve
 from blaze.engines.llm.fused_torch import TorchOperations
 from blaze.engines.llm.kv_cache import UNIT, KVCache
 from blaze.engines.llm.kv_store import KVStore, LayerShape, bytes_per_token
+from blaze.engines.llm.linear import OperatorFormat
 from blaze.engines.llm.model import LoadedModel, load_model
+from blaze.engines.llm.native.build import library
+from blaze.engines.llm.native.kernels import Kernels
+from blaze.engines.llm.panels import PanelFormat
 from blaze.engines.llm.probe import Probe
 from blaze.engines.llm.runner import Runner
 from blaze.engines.llm.stock import StockRunner, kv_shapes, windows
@@ -110,23 +118,21 @@ def _why_not_fused(model: PreTrainedModel, options: LLMConfig) -> str | None:
 
 def _fused(
     loaded: LoadedModel, shapes: tuple[LayerShape, ...], options: LLMConfig, cache: Path
-) -> FusedRunner:
+) -> FusedRunner | StepRunner:
     int8 = options.quantization == "int8"
-    if options.deterministic and (loaded.model.device.type, loaded.model.dtype) != ("cpu", torch.bfloat16):
+    on_cpu = loaded.model.device.type == "cpu"
+    if options.deterministic and not (on_cpu and loaded.model.dtype is torch.bfloat16):
         raise ConfigError("llm.deterministic: only in bfloat16 on a CPU, in this version", param="llm")
-    if int8 and loaded.model.device.type != "cpu":
+    if int8 and not on_cpu:
         raise ConfigError("llm.quantization: int8 is for CPUs", param="llm")
-    model = fuse(loaded.model, loaded.max_model_len, int8=int8)
     store = _store(loaded, shapes, options)
-    if loaded.model.device.type == "cpu":
-        from blaze.engines.llm.fused_cpu import NativeOperations
-        from blaze.engines.llm.native.build import library
-        from blaze.engines.llm.native.kernels import Kernels
-
-        built = library(cache) if Kernels.serve(store.dtype, shapes[0].key_dim) else None
-        if built is not None:
-            return FusedRunner(model, store, NativeOperations(model, store, built))
-    return FusedRunner(model, store, TorchOperations(model, store))
+    built = library(cache) if on_cpu and Kernels.serve(store.dtype, shapes[0].key_dim) else None
+    if built is not None and steps_serve(built, loaded.model):
+        return StepRunner(fuse(loaded.model, loaded.max_model_len, PanelFormat(int8=int8)), store, built)
+    linears = OperatorFormat(int8=int8)
+    model = fuse(loaded.model, loaded.max_model_len, linears)
+    operations = TorchOperations(model, store) if built is None else NativeOperations(model, store, built)
+    return FusedRunner(model, store, operations, two_rows=linears.needs_two_rows())
 
 
 def _store(loaded: LoadedModel, shapes: tuple[LayerShape, ...], options: LLMConfig) -> KVStore:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
-_HEADER = Path(__file__).with_name("vectors.h")
+_FOLDER = Path(__file__).parent
+_SOURCES = sorted(_FOLDER.glob("*.cpp"))
+_HEADERS = sorted(_FOLDER.glob("*.h"))
 _FLAGS = (
-    "-std=c++17",
+    "-std=c++20",
     "-O3",
     "-march=native",
     "-ffp-contract=fast",
@@ -48,7 +49,7 @@ def library(folder: Path) -> Path | None:
         built = Path(scratch) / target.name
         try:
             subprocess.run(
-                [compiler, *_FLAGS, str(_SOURCE), "-o", str(built)],
+                [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(built)],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -74,7 +75,7 @@ def _is_ours(target: Path) -> bool:
 
 def _fingerprint(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    sources = [file.read_text(encoding="utf-8") for file in (_SOURCE, _HEADER)]
+    sources = [file.read_text(encoding="utf-8") for file in (*_SOURCES, *_HEADERS)]
     parts = (*sources, " ".join(_FLAGS), version, platform.machine(), _cpu())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 

@@ -48,6 +48,80 @@ class HeadsStruct(Structure):
     )
 
 
+class MatrixStruct(Structure):
+    """``BlazeMatrix`` of matrix.h."""
+
+    _fields_ = (
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+        ("weights", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+    )
+
+
+class LayerStruct(Structure):
+    """``BlazeLayer`` of step.cpp."""
+
+    _fields_ = (
+        ("heads", HeadsStruct),
+        ("input_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("qkv", MatrixStruct),
+        ("output", MatrixStruct),
+        ("gate_up", MatrixStruct),
+        ("down", MatrixStruct),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+    )
+
+
+class ModelStruct(Structure):
+    """``BlazeModel`` of step.cpp."""
+
+    _fields_ = (
+        ("hidden", c_int64),
+        ("layers", c_int64),
+        ("eps", c_float),
+        ("layer", POINTER(LayerStruct)),
+        ("final_norm", c_void_p),
+        ("head", MatrixStruct),
+    )
+
+
+class BuffersStruct(Structure):
+    """``BlazeBuffers`` of step.cpp."""
+
+    _fields_ = (
+        ("hidden", c_void_p),
+        ("normed", c_void_p),
+        ("qkv", c_void_p),
+        ("attended", c_void_p),
+        ("gated", c_void_p),
+    )
+
+
+def step_function(library: Path) -> Callable[..., None] | None:
+    """``blaze_step`` of step.cpp: model, step, buffers, wanted rows, their count, logits.
+
+    None where this processor has no instruction for it.
+    """
+    loaded = ctypes.CDLL(str(library))
+    loaded.blaze_runs_steps.restype = c_int64
+    if not loaded.blaze_runs_steps():
+        return None
+    return _function(
+        loaded,
+        "blaze_step",
+        POINTER(ModelStruct),
+        POINTER(StepStruct),
+        POINTER(BuffersStruct),
+        c_void_p,
+        c_int64,
+        c_void_p,
+    )
+
+
 class Kernels:
     """The three kernels for one dtype."""
 

@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
 #define BF16_DOT 1
 #endif
 
@@ -46,9 +48,24 @@ inline Floats load16(const float *at) {
   return out;
 }
 inline Floats load16(const BFloat *at) {
+#ifdef __AVX512F__
+  const __m256i packed = _mm256_loadu_si256((const __m256i *)at);
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16);
+#else
   Halves halves;
   std::memcpy(&halves, at, 32);
   return (Floats)(__builtin_convertvector(halves, Ints) << 16);
+#endif
+}
+
+inline void store16(float *at, Floats x) { std::memcpy(at, &x, 64); }
+inline void store16(BFloat *at, Floats x) {
+#ifdef BF16_DOT
+  const __m256bh halves = _mm512_cvtneps_pbh((__m512)x); // to nearest, ties to even; below 2^-126 nought
+  std::memcpy(at, &halves, 32);
+#else
+  for (int l = 0; l < 16; l++) store(at + l, x[l]);
+#endif
 }
 
 inline Floats splat(float x) { return x - Floats{}; }

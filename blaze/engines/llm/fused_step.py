@@ -1,0 +1,176 @@
+"""A whole step of the Llama family in one compiled call: nothing of it is left to Python but its beginning.
+
+So the interpreter is free for the event loop meanwhile, and no time goes by between the operations.
+"""
+
+from __future__ import annotations
+
+from ctypes import Array, byref
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from blaze.engines.llm.fused_model import FusedModel, Heads, Layer
+from blaze.engines.llm.kv_store import KVStore
+from blaze.engines.llm.native.kernels import (
+    BuffersStruct,
+    HeadsStruct,
+    LayerStruct,
+    MatrixStruct,
+    ModelStruct,
+    StepStruct,
+    step_function,
+)
+from blaze.engines.llm.panels import Panels
+from blaze.engines.llm.runner import StepResult
+from blaze.engines.llm.scheduler import Step
+from blaze.engines.llm.step_rows import StepRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_KEPT_LOGITS = 64  # rows of memory for logits that are kept; what asks for more is a rare prompt's
+
+
+class StepRunner:
+    """For bfloat16 on a CPU with a bf16 dot product; see :func:`serves`."""
+
+    name = "fused, compiled steps"
+
+    def __init__(self, model: FusedModel[Panels], store: KVStore, library: Path) -> None:
+        run = step_function(library)
+        assert run is not None, "asked for before"
+        self._run = run
+        self.store = store
+        self._threads = torch.get_num_threads()
+        self._alive: list[torch.Tensor | Array[LayerStruct]] = []  # what the structures point into
+        self._head = model.head
+        # A row of the embedding is found in the head too, when they are the same.
+        shared = model.tied and model.head.scales is None
+        self._embedding = None if shared else model.embedding
+        self._hidden = model.embedding.shape[1]
+        self._layer = model.layers[0]
+        layers = (LayerStruct * len(model.layers))(
+            *(self._layer_struct(index, layer, model) for index, layer in enumerate(model.layers))
+        )
+        self._alive.append(layers)
+        self._model = ModelStruct(
+            hidden=self._hidden,
+            layers=len(model.layers),
+            eps=model.eps,
+            layer=layers,
+            final_norm=self._float(model.final_norm),
+            head=self._matrix(model.head),
+        )
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def execute(self, step: Step) -> StepResult:
+        """The logits are good until the next step."""
+        self.store.copy(step.copies)
+        rows = StepRows.of(step, torch.device("cpu"))
+        count, wanted = rows.ids.shape[0], rows.logit_rows.shape[0]
+        hidden = self._embedded(rows.ids).float()
+        layer = self._layer
+        buffers = BuffersStruct(
+            hidden=hidden.data_ptr(),
+            normed=self._buffer("normed", max(count, wanted), self._hidden).data_ptr(),
+            qkv=self._buffer("qkv", count, layer.qkv.outputs).data_ptr(),
+            attended=self._buffer("attended", count, layer.output.inputs).data_ptr(),
+            gated=self._buffer("gated", count, layer.down.inputs).data_ptr(),
+        )
+        logits = self._logits(wanted)
+        self._run(
+            byref(self._model),
+            byref(
+                StepStruct(
+                    rows=count,
+                    threads=self._threads,
+                    longest=rows.longest,
+                    start=rows.starts.data_ptr(),
+                    capacity=rows.capacities.data_ptr(),
+                    position=rows.positions.data_ptr(),
+                )
+            ),
+            byref(buffers),
+            rows.logit_rows.data_ptr(),
+            wanted,
+            logits.data_ptr(),
+        )
+        return rows.result(step, logits)
+
+    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._head.row(ids) if self._embedding is None else F.embedding(ids, self._embedding)
+
+    def _logits(self, wanted: int) -> torch.Tensor:
+        if wanted > _KEPT_LOGITS:
+            return torch.empty(wanted, self._head.outputs, dtype=torch.bfloat16)
+        return self._buffer("logits", wanted, self._head.outputs)
+
+    def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
+        """Memory that is kept from step to step: fresh pages cost more than what is computed into them."""
+        kept = self._buffers.get(name)
+        if kept is None or kept.shape[0] < rows:
+            kept = self._buffers[name] = torch.empty(rows, width, dtype=torch.bfloat16)
+        return kept[:rows]
+
+    def _layer_struct(self, index: int, layer: Layer[Panels], model: FusedModel[Panels]) -> LayerStruct:
+        keys, values = self.store.rows(index)
+        return LayerStruct(
+            heads=self._heads(layer.heads, model),
+            input_norm=self._float(layer.input_norm),
+            mlp_norm=self._float(layer.mlp_norm),
+            qkv=self._matrix(layer.qkv),
+            output=self._matrix(layer.output),
+            gate_up=self._matrix(layer.gate_up),
+            down=self._matrix(layer.down),
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+        )
+
+    def _heads(self, heads: Heads, model: FusedModel[Panels]) -> HeadsStruct:
+        return HeadsStruct(
+            queries=heads.queries,
+            keys=heads.keys,
+            dim=heads.dim,
+            window=heads.window or 0,
+            scale=heads.scale,
+            eps=heads.eps,
+            cos=self._float(model.cos),
+            sin=self._float(model.sin),
+            q_norm=self._float(heads.q_norm),
+            k_norm=self._float(heads.k_norm),
+        )
+
+    def _matrix(self, panels: Panels) -> MatrixStruct:
+        return MatrixStruct(
+            outputs=panels.outputs,
+            inputs=panels.inputs,
+            weights=self._address(panels.weights),
+            scales=self._float(panels.scales),
+            bias=self._float(panels.bias),
+        )
+
+    def _float(self, numbers: torch.Tensor | None) -> int | None:
+        return None if numbers is None else self._address(numbers.float().contiguous())
+
+    def _address(self, numbers: torch.Tensor) -> int:
+        self._alive.append(numbers)
+        return numbers.data_ptr()
+
+
+def serves(library: Path, model: PreTrainedModel) -> bool:
+    """Whether this processor runs such steps of this model, and nothing that it has is faster.
+
+    With tiles for matrices (AMX) oneDNN multiplies several times as fast as the dot product.
+    """
+    config = model.config
+    return (
+        model.dtype is torch.bfloat16
+        and config.hidden_size % 2 == 0
+        and config.intermediate_size % 2 == 0
+        and step_function(library) is not None
+        and not torch.cpu._is_amx_tile_supported()
+    )

@@ -1,0 +1,166 @@
+// A whole step of a Llama-family model in bf16, for CPUs with a bf16 dot product: one call, one team of
+// threads, and only the hidden state between layers is in fp32.
+//
+// As in kernels.cpp a row has the same bits whatever shares its step.
+
+#include "attention.h"
+#include "matrix.h"
+#include "rows.h"
+#include "team.h"
+
+#ifdef BF16_DOT
+
+#include <memory>
+#include <omp.h>
+
+extern "C" {
+
+// Shared with Python: keep in step with native/kernels.py.
+struct BlazeLayer {
+  BlazeHeads heads;
+  const float *input_norm; // [hidden]
+  const float *mlp_norm;
+  BlazeMatrix qkv;
+  BlazeMatrix output;
+  BlazeMatrix gate_up; // 16 outputs of gate, 16 of up, and so on
+  BlazeMatrix down;
+  void *keys; // of all slots
+  void *values;
+};
+
+struct BlazeModel {
+  int64_t hidden;
+  int64_t layers;
+  float eps;
+  const BlazeLayer *layer;
+  const float *final_norm;
+  BlazeMatrix head;
+};
+
+struct BlazeBuffers { // [rows] of each; of `normed` as many as the most of rows and wanted
+  float *hidden;      // in: the embeddings
+  void *normed;       // [hidden]
+  void *qkv;
+  void *attended;
+  void *gated; // [inner]
+};
+
+} // extern "C"
+
+namespace {
+
+constexpr int64_t kRowsOfItem = 96; // of a long prompt: enough to be worth reading a block of weights for
+
+struct Scratch {
+  std::unique_ptr<float[]> weights; // of one tile of attention
+  std::unique_ptr<BFloat[]> unpacked;
+};
+
+// Multiply all rows of x; `take(row, output, sums)` gets 64 sums at a time, from output `output` on.
+template <typename Take>
+void multiply_all(Team &team, Scratch &scratch, const BlazeMatrix &matrix, const BFloat *x, int64_t rows,
+                  const Take &take) {
+  const int64_t parts = (rows + kRowsOfItem - 1) / kRowsOfItem;
+  team.each(blocks_of(matrix.outputs) * parts, [&](int64_t item, int64_t next) {
+    const int64_t block = item / parts, part = item % parts;
+    const int64_t ahead = next / parts == block ? -1 : next / parts;
+    const int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
+    multiply(matrix, block, ahead, x + first * matrix.inputs, count, scratch.unpacked.get(),
+             [&](int64_t row, const Floats *sums) { take(first + row, block * kOutputs, sums); });
+  });
+}
+
+void store_all(Team &team, Scratch &scratch, const BlazeMatrix &matrix, const BFloat *x, int64_t rows, BFloat *out) {
+  multiply_all(team, scratch, matrix, x, rows, [&](int64_t row, int64_t output, const Floats *sums) {
+    for (int p = 0; p < kPanels; p++, output += kPanel)
+      store_some(out + row * matrix.outputs + output, sums[p], matrix.outputs - output);
+  });
+}
+
+void add_all(Team &team, Scratch &scratch, const BlazeMatrix &matrix, const BFloat *x, int64_t rows, float *hidden) {
+  multiply_all(team, scratch, matrix, x, rows, [&](int64_t row, int64_t output, const Floats *sums) {
+    float *to = hidden + row * matrix.outputs;
+    for (int p = 0; p < kPanels; p++, output += kPanel)
+      if (output + kPanel <= matrix.outputs)
+        store16(to + output, load16(to + output) + sums[p]);
+      else
+        for (int64_t i = 0; output + i < matrix.outputs; i++) to[output + i] += sums[p][i];
+  });
+}
+
+void gate_all(Team &team, Scratch &scratch, const BlazeMatrix &matrix, const BFloat *x, int64_t rows, int64_t inner, BFloat *out) {
+  multiply_all(team, scratch, matrix, x, rows, [&](int64_t row, int64_t output, const Floats *sums) {
+    int64_t at = output / 2;
+    for (int p = 0; p < kPanels; p += 2, at += kPanel)
+      store_some(out + row * inner + at, silu_mul(sums[p], sums[p + 1]), inner - at);
+  });
+}
+
+void run(const BlazeModel &model, const BlazeStep &step, const BlazeBuffers &buffers, const int64_t *wanted,
+         int64_t count, BFloat *logits, int64_t unpacked, Team &team) {
+  Scratch scratch{std::unique_ptr<float[]>(new float[kTile * scores_stride(step)]),
+                  std::unique_ptr<BFloat[]>(unpacked ? new BFloat[unpacked] : nullptr)};
+  const int64_t rows = step.rows, hidden = model.hidden;
+  BFloat *normed = (BFloat *)buffers.normed, *qkv = (BFloat *)buffers.qkv;
+  BFloat *attended = (BFloat *)buffers.attended, *gated = (BFloat *)buffers.gated;
+  auto norm_all = [&](const float *weight) {
+    team.each(rows, [&](int64_t row, int64_t) {
+      rms_norm(buffers.hidden + row * hidden, hidden, model.eps, weight, normed + row * hidden);
+    });
+  };
+  for (const BlazeLayer *layer = model.layer; layer < model.layer + model.layers; layer++) {
+    BFloat *keys = (BFloat *)layer->keys, *values = (BFloat *)layer->values;
+    const int64_t items = rows * layer->heads.keys;
+    norm_all(layer->input_norm);
+    store_all(team, scratch, layer->qkv, normed, rows, qkv);
+    // A chunk's rows see each other's keys: all are written before any is read.
+    team.each(items, [&](int64_t item, int64_t) { keep(step, layer->heads, item, qkv, keys, values); });
+    team.each(items, [&](int64_t item, int64_t next) {
+      attend(step, layer->heads, item, next, qkv, keys, values, scratch.weights.get(), attended);
+    });
+    add_all(team, scratch, layer->output, attended, rows, buffers.hidden);
+    norm_all(layer->mlp_norm);
+    gate_all(team, scratch, layer->gate_up, normed, rows, layer->down.inputs, gated);
+    add_all(team, scratch, layer->down, gated, rows, buffers.hidden);
+  }
+  team.each(count, [&](int64_t i, int64_t) {
+    rms_norm(buffers.hidden + wanted[i] * hidden, hidden, model.eps, model.final_norm, normed + i * hidden);
+  });
+  store_all(team, scratch, model.head, normed, count, logits);
+}
+
+// Inputs of the widest matrix that has to be unpacked.
+int64_t unpacked_size(const BlazeModel &model) {
+  int64_t widest = model.head.scales ? model.head.inputs : 0;
+  for (const BlazeLayer *layer = model.layer; layer < model.layer + model.layers; layer++)
+    for (const BlazeMatrix *matrix : {&layer->qkv, &layer->output, &layer->gate_up, &layer->down})
+      if (matrix->scales && matrix->inputs > widest) widest = matrix->inputs;
+  return widest * kOutputs;
+}
+
+} // namespace
+
+extern "C" {
+
+int64_t blaze_runs_steps() { return 1; }
+
+// Logits [count][vocabulary] of the rows `wanted`.
+void blaze_step(const BlazeModel *model, const BlazeStep *step, const BlazeBuffers *buffers, const int64_t *wanted,
+                int64_t count, void *logits) {
+  Team team;
+  const int64_t unpacked = unpacked_size(*model);
+#pragma omp parallel num_threads(step->threads) if (step->threads > 1)
+  {
+#pragma omp single
+    team.of(omp_get_num_threads()); // which may be fewer than were asked for
+    run(*model, *step, *buffers, wanted, count, (BFloat *)logits, unpacked, team);
+  }
+}
+
+} // extern "C"
+
+#else
+
+extern "C" int64_t blaze_runs_steps() { return 0; }
+
+#endif
