@@ -91,6 +91,7 @@ class ScriptedRunner:
     before_step: Callable[[], None] = lambda: None
     shape: Callable[[torch.Tensor, Work], object] = lambda _logits, _work: None
     name: str = "scripted"
+    batches_neighbours: bool = True
     store: Any = field(default_factory=RecordingStore)
 
     def execute(self, step: Step) -> StepResult:

@@ -4,10 +4,55 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Generator
+from contextlib import contextmanager
 from typing import Self
 
 from blaze.types import Event, Events, Failed, Finished
+
+
+class Bell:
+    """Wakes the readers of many channels with one call into their event loop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[EventChannel] = []
+        self._held = False
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """What is put meanwhile, by this thread or others, is announced at the end, all at once."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            self._ring()
+
+    def announce(self, channel: EventChannel) -> None:
+        with self._lock:
+            self._waiting.append(channel)
+        if not self._held:
+            self._ring()
+
+    def _ring(self) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        by_loop: defaultdict[asyncio.AbstractEventLoop, list[EventChannel]] = defaultdict(list)
+        for channel in waiting:
+            by_loop[channel.loop].append(channel)
+        for loop, channels in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_wake_all, channels)
+            except RuntimeError:  # the loop is gone, and with it the readers
+                for channel in channels:
+                    channel.abandon()
+
+
+def _wake_all(channels: list[EventChannel]) -> None:
+    for channel in channels:
+        channel.wake()
 
 
 class EventChannel:
@@ -17,8 +62,9 @@ class EventChannel:
     batch, so a slow reader costs nobody else a step. The loop is woken once per batch, not per event.
     """
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, bell: Bell | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._bell = bell or Bell()
         self._lock = threading.Lock()
         self._events: list[Event] = []
         self._ready = asyncio.Event()
@@ -41,13 +87,14 @@ class EventChannel:
             if self._signalled:
                 return
             self._signalled = True
-        self._wake()
+        self._bell.announce(self)
 
-    def _wake(self) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._ready.set)
-        except RuntimeError:  # the loop is gone, and with it the reader
-            self._drained = True
+    def wake(self) -> None:
+        """On the event loop: there is something to read."""
+        self._ready.set()
+
+    def abandon(self) -> None:
+        self._drained = True
 
     def __aiter__(self) -> Self:
         return self
@@ -70,4 +117,4 @@ class EventChannel:
             async for batch in self:
                 yield batch
         finally:
-            self._drained = True
+            self.abandon()

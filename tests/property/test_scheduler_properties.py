@@ -94,10 +94,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         size=st.integers(1, 6),
         budget=st.one_of(st.integers(1, 8), st.integers(8, 100)),
         caching=st.sampled_from([True, True, True, False]),
+        compact=st.booleans(),
     )
-    def start(self, tokens: int, size: int, budget: int, caching: bool) -> None:
+    def start(self, *, tokens: int, size: int, budget: int, caching: bool, compact: bool) -> None:
         self.size, self.budget = size, budget
-        self.cache = KVCache(tokens, longest=LONGEST, prefix_caching=caching, unit=UNIT, block=BLOCK)
+        self.cache = KVCache(
+            tokens, longest=LONGEST, prefix_caching=caching, compact=compact, unit=UNIT, block=BLOCK
+        )
         self.scheduler = Scheduler(self.cache, max_batch_size=size, max_batch_tokens=budget)
         self.memory = Memory(self.cache.total_tokens)
 

@@ -12,8 +12,10 @@ LONGEST, UNIT, BLOCK = 32, 4, 2
 _serials = count()
 
 
-def new_cache(tokens: int = 2 * LONGEST, *, prefix_caching: bool = True) -> KVCache:
-    return KVCache(tokens, longest=LONGEST, prefix_caching=prefix_caching, unit=UNIT, block=BLOCK)
+def new_cache(tokens: int = 2 * LONGEST, *, prefix_caching: bool = True, compact: bool = True) -> KVCache:
+    return KVCache(
+        tokens, longest=LONGEST, prefix_caching=prefix_caching, compact=compact, unit=UNIT, block=BLOCK
+    )
 
 
 def new(*prompt: int, generated: tuple[int, ...] = (), needs_all_logits: bool = False) -> Sequence:
@@ -253,6 +255,24 @@ def test_kept_prefixes_do_not_lie_between_running_sequences() -> None:
         keep(cache, *of(letter, 3))
     slots = [run(cache, new(*of(letter, 3))).slot for letter in range(5, 9)]
     assert slots == [Slot(start, 4) for start in (32, 36, 40, 44)], "side by side, and below what is kept"
+
+
+def test_what_is_kept_stays_where_it_is_when_nobody_needs_neighbours() -> None:
+    cache = new_cache(compact=False)
+    keep(cache, *of(1, 3))
+    assert cache.take_copies() == ()
+    assert run(cache, new(*of(2, 3))).slot == Slot(4, 4)
+    assert hit(cache, *of(1, 3)) == 2
+
+
+def test_the_place_that_was_of_no_use_for_longest_is_cleared() -> None:
+    cache = new_cache(compact=False)
+    for letter in range(1, 16):
+        keep(cache, *of(letter, 3))  # side by side, and one place is left
+    for letter in (*range(1, 9), 13, 14, 15):
+        assert hit(cache, *of(letter, 3)) == 2  # used just now
+    assert run(cache, new(*of(20, 15))).slot == Slot(32, 16)
+    assert [hit(cache, *of(letter, 3)) for letter in range(1, 16)] == [2] * 8 + [0] * 4 + [2] * 3
 
 
 def test_less_than_a_block_is_not_kept() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from blaze.clock import Clock
 from blaze.engine_config import LLMConfig
-from blaze.engines.channel import EventChannel
+from blaze.engines.channel import Bell, EventChannel
 from blaze.engines.llm.choice import Choice
 from blaze.engines.llm.job import Job
 from blaze.engines.llm.loading import ServedModel, load
@@ -58,6 +58,7 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
         self._threads = threads
         self._cache = cache
         self._serial = count()
+        self._bell = Bell()
         # One thread for all encoding: a fast tokenizer is not safe on several.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -74,6 +75,7 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
             max_batch_size=self._options.max_batch_size,
             max_batch_tokens=self._options.max_batch_tokens,
             on_step=self._progress.step,
+            together=self._bell.held,
         )
         return _Loaded(served, encoder, loop)
 
@@ -112,7 +114,8 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
         )
         self._ready()  # it may have stopped in the meantime
         deadline = None if request.timeout_s is None else arrival + request.timeout_s
-        return Job(prompt_ids, self._choices(loaded, request, prompt_ids, arrival), EventChannel(), deadline)
+        choices = self._choices(loaded, request, prompt_ids, arrival)
+        return Job(prompt_ids, choices, EventChannel(self._bell), deadline)
 
     def _choices(
         self, loaded: _Loaded, request: GenerateRequest, prompt_ids: tuple[TokenId, ...], arrival: float

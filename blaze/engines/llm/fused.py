@@ -26,6 +26,9 @@ class LayerOperations(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def batches_neighbours(self) -> bool: ...
+
     def begin(self, rows: StepRows) -> None: ...
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -54,6 +57,10 @@ class FusedRunner:
     @property
     def name(self) -> str:
         return f"fused, {self._operations.name}"
+
+    @property
+    def batches_neighbours(self) -> bool:
+        return self._operations.batches_neighbours
 
     @torch.inference_mode()
     def execute(self, step: Step) -> StepResult:

@@ -15,6 +15,7 @@ from blaze.engines.llm.step_rows import StepRows
 
 class NativeOperations:
     name = "compiled kernels"
+    batches_neighbours = False
 
     def __init__(self, model: FusedModel[Linear], store: KVStore, library: Path) -> None:
         self._kernels = Kernels(library, store.dtype)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from blaze.engines.llm.fused_model import FusedModel, Heads, Layer
+from blaze.engines.llm.greedy import Largest
 from blaze.engines.llm.kv_store import KVStore
 from blaze.engines.llm.native.kernels import (
     BuffersStruct,
@@ -20,6 +20,7 @@ from blaze.engines.llm.native.kernels import (
     LayerStruct,
     MatrixStruct,
     ModelStruct,
+    ResultStruct,
     StepStruct,
     step_function,
 )
@@ -38,6 +39,7 @@ class StepRunner:
     """For bfloat16 on a CPU with a bf16 dot product; see :func:`serves`."""
 
     name = "fused, compiled steps"
+    batches_neighbours = False
 
     def __init__(self, model: FusedModel[Panels], store: KVStore, library: Path) -> None:
         run = step_function(library)
@@ -47,9 +49,6 @@ class StepRunner:
         self._threads = torch.get_num_threads()
         self._alive: list[torch.Tensor | Array[LayerStruct]] = []  # what the structures point into
         self._head = model.head
-        # A row of the embedding is found in the head too, when they are the same.
-        shared = model.tied and model.head.scales is None
-        self._embedding = None if shared else model.embedding
         self._hidden = model.embedding.shape[1]
         self._layer = model.layers[0]
         layers = (LayerStruct * len(model.layers))(
@@ -63,6 +62,8 @@ class StepRunner:
             layer=layers,
             final_norm=self._float(model.final_norm),
             head=self._matrix(model.head),
+            # A row of the embedding is found in the head too, when they are the same.
+            embedding=None if model.tied and model.head.scales is None else self._address(model.embedding),
         )
         self._buffers: dict[str, torch.Tensor] = {}
 
@@ -72,16 +73,16 @@ class StepRunner:
         self.store.copy(step.copies)
         rows = StepRows.of(step, torch.device("cpu"))
         count, wanted = rows.ids.shape[0], rows.logit_rows.shape[0]
-        hidden = self._embedded(rows.ids).float()
         layer = self._layer
         buffers = BuffersStruct(
-            hidden=hidden.data_ptr(),
+            hidden=self._buffer("hidden", count, self._hidden, torch.float32).data_ptr(),
             normed=self._buffer("normed", max(count, wanted), self._hidden).data_ptr(),
             qkv=self._buffer("qkv", count, layer.qkv.outputs).data_ptr(),
             attended=self._buffer("attended", count, layer.output.inputs).data_ptr(),
             gated=self._buffer("gated", count, layer.down.inputs).data_ptr(),
         )
         logits = self._logits(wanted)
+        largest, likeliest = torch.empty(wanted), torch.empty(wanted, dtype=torch.int64)
         self._run(
             byref(self._model),
             byref(
@@ -92,28 +93,32 @@ class StepRunner:
                     start=rows.starts.data_ptr(),
                     capacity=rows.capacities.data_ptr(),
                     position=rows.positions.data_ptr(),
+                    id=rows.ids.data_ptr(),
                 )
             ),
             byref(buffers),
-            rows.logit_rows.data_ptr(),
-            wanted,
-            logits.data_ptr(),
+            byref(
+                ResultStruct(
+                    count=wanted,
+                    rows=rows.logit_rows.data_ptr(),
+                    logits=logits.data_ptr(),
+                    largest=largest.data_ptr(),
+                    likeliest=likeliest.data_ptr(),
+                )
+            ),
         )
-        return rows.result(step, logits)
-
-    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._head.row(ids) if self._embedding is None else F.embedding(ids, self._embedding)
+        return rows.result(step, logits, Largest(largest.tolist(), likeliest.tolist()))
 
     def _logits(self, wanted: int) -> torch.Tensor:
         if wanted > _KEPT_LOGITS:
             return torch.empty(wanted, self._head.outputs, dtype=torch.bfloat16)
         return self._buffer("logits", wanted, self._head.outputs)
 
-    def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
+    def _buffer(self, name: str, rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """Memory that is kept from step to step: fresh pages cost more than what is computed into them."""
         kept = self._buffers.get(name)
         if kept is None or kept.shape[0] < rows:
-            kept = self._buffers[name] = torch.empty(rows, width, dtype=torch.bfloat16)
+            kept = self._buffers[name] = torch.empty(rows, width, dtype=dtype)
         return kept[:rows]
 
     def _layer_struct(self, index: int, layer: Layer[Panels], model: FusedModel[Panels]) -> LayerStruct:

@@ -21,6 +21,7 @@ _CHUNK_ROWS = 128  # of a prompt at once: bounds the scores, and skips the keys 
 
 class TorchOperations:
     name = "torch operators"
+    batches_neighbours = True
 
     def __init__(self, model: FusedModel[Linear], store: KVStore) -> None:
         self._model = model

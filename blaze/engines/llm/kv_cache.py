@@ -33,12 +33,24 @@ class PrefixCounters:
 
 
 class KVCache:
-    """``tokens``: the memory budget. ``longest``: the most tokens that one sequence can have."""
+    """``tokens``: the memory budget. ``longest``: the most tokens that one sequence can have.
+
+    ``compact``: running sequences are to lie side by side, so what is kept of finished ones is moved away.
+    Without it, it stays where it is.
+    """
 
     def __init__(
-        self, tokens: int, *, longest: int, prefix_caching: bool = True, unit: int = UNIT, block: int = BLOCK
+        self,
+        tokens: int,
+        *,
+        longest: int,
+        prefix_caching: bool = True,
+        compact: bool = True,
+        unit: int = UNIT,
+        block: int = BLOCK,
     ) -> None:
         self.longest = longest
+        self._compact = compact
         self._slots = SlotAllocator(tokens, unit=unit, longest=longest)
         if self._slots.total < self._slots.largest:
             raise ValueError(f"{tokens} tokens of KV memory do not hold one sequence of {longest}")
@@ -149,6 +161,12 @@ class KVCache:
             if other in self._kept:
                 del self._kept[other]
                 self._drop(other)
+        if self._compact:
+            self._move_away(prefix)
+        self._kept[prefix] = None
+
+    def _move_away(self, prefix: Prefix) -> None:
+        """Into a slot of its size, as high as there is one; unless it lies higher already."""
         capacity = self._slots.capacity_for(prefix.length)
         slot = self._slots.allocate(capacity, high=True)
         for oldest in list(self._kept)[:_MOST_EVICTIONS_TO_KEEP]:
@@ -163,28 +181,35 @@ class KVCache:
             self._copies.append(SlotCopy(prefix.slot, slot, prefix.length))
             self._slots.free(prefix.slot)
             prefix.slot = slot
-        self._kept[prefix] = None
 
     def _allocate(self, length: int, *, protect: Prefix | None = None) -> Slot | None:
         capacity = self._slots.capacity_for(length)
         slot = self._slots.allocate(capacity)
-        if slot is None and self._can_make_room(capacity, protect):
-            for oldest in [prefix for prefix in self._kept if prefix is not protect]:
-                self._evict(oldest)
-                slot = self._slots.allocate(capacity)
-                if slot is not None:
-                    break
+        if slot is None and (victims := self._victims(capacity, protect)):
+            for prefix in victims:
+                self._evict(prefix)
+            slot = self._slots.allocate(capacity)
         return slot
 
-    def _can_make_room(self, capacity: int, protect: Prefix | None) -> bool:
-        """Whether evicting helps: else all that is kept would go in vain, step after step."""
-        staying = [prefix.slot for prefix in self._held.values()]
+    def _victims(self, capacity: int, protect: Prefix | None) -> list[Prefix]:
+        """What is kept at one place for such a slot: where it has been of no use for longest.
+
+        Nothing where no place can be freed: else all that is kept would go in vain, step after step.
+        """
+        places = range(self._slots.total // capacity)
+        taken = {place for prefix in self._held.values() for place in _places(prefix.slot, capacity)}
         if protect is not None:
-            staying.append(protect.slot)
-        taken: set[int] = set()  # of the places where such a slot can lie
-        for slot in staying:
-            taken.update(range(slot.start // capacity, -(-(slot.start + slot.capacity) // capacity)))
-        return not taken.issuperset(range(self._slots.total // capacity))
+            taken.update(_places(protect.slot, capacity))
+        last_use = {
+            place: use
+            for use, prefix in enumerate(self._kept)  # the later uses overwrite the earlier ones
+            for place in _places(prefix.slot, capacity)
+            if place in places and place not in taken
+        }
+        if not last_use:
+            return []
+        chosen = min(last_use, key=lambda place: last_use[place])
+        return [prefix for prefix in self._kept if chosen in _places(prefix.slot, capacity)]
 
     def _evict(self, prefix: Prefix) -> None:
         del self._kept[prefix]
@@ -198,3 +223,8 @@ class KVCache:
         if prefix in self._kept:
             del self._kept[prefix]
             self._kept[prefix] = None
+
+
+def _places(slot: Slot, capacity: int) -> range:
+    """Of the places where slots of that capacity can lie, those that this slot lies in."""
+    return range(slot.start // capacity, -(-(slot.start + slot.capacity) // capacity))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from blaze.engines.llm.kv_cache import BLOCK, SlotCopy
@@ -40,8 +40,17 @@ class KVStore:
         self.shapes = shapes
         self.tokens = tokens
         self.dtype = dtype
-        self._keys = [_zeros((tokens + 1) * s.heads, s.key_dim, dtype, device) for s in shapes]
-        self._values = [_zeros((tokens + 1) * s.heads, s.value_dim, dtype, device) for s in shapes]
+        # All in one, [layers * 2, rows, dim], where they are alike: then a copy is one call.
+        self._whole: torch.Tensor | None = None
+        if len({(s.heads, dim) for s in shapes for dim in (s.key_dim, s.value_dim)}) == 1:
+            rows = (tokens + 1) * shapes[0].heads
+            self._whole = _zeros(len(shapes) * 2 * rows, shapes[0].key_dim, dtype, device).view(
+                len(shapes) * 2, rows, -1
+            )
+            self._keys, self._values = list(self._whole[::2]), list(self._whole[1::2])
+        else:
+            self._keys = [_zeros((tokens + 1) * s.heads, s.key_dim, dtype, device) for s in shapes]
+            self._values = [_zeros((tokens + 1) * s.heads, s.value_dim, dtype, device) for s in shapes]
 
     def slots(self, layer: int, start: int, capacity: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of ``count`` neighbouring slots, [count * heads, capacity, dim], in place."""
@@ -58,19 +67,27 @@ class KVStore:
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         for copy in copies:
-            # Whole blocks: inside one, keys may lie in any order (see native/kernels.cpp).
+            # Whole blocks: inside one, keys may lie in any order (see native/attention.h).
             length = -(-copy.length // BLOCK) * BLOCK
-            for layer in range(len(self.shapes)):
-                sources = self.slots(layer, copy.source.start, copy.source.capacity, 1)
-                targets = self.slots(layer, copy.target.start, copy.target.capacity, 1)
-                for source, target in zip(sources, targets, strict=True):
-                    target[:, :length].copy_(source[:, :length])
+            for source, target in zip(self._parts(copy.source), self._parts(copy.target), strict=True):
+                target[..., :length, :].copy_(source[..., :length, :])
+
+    def _parts(self, slot: Slot) -> Iterable[torch.Tensor]:
+        """All of a slot, [..., heads, capacity, dim] each."""
+        if self._whole is not None:
+            heads = self.shapes[0].heads
+            rows = self._whole[:, slot.start * heads : (slot.start + slot.capacity) * heads]
+            return (rows.view(rows.shape[0], heads, slot.capacity, -1),)
+        return [
+            part
+            for layer in range(len(self.shapes))
+            for part in self.slots(layer, slot.start, slot.capacity, 1)
+        ]
 
     def clear(self, slot: Slot) -> None:
         """Numbers that are no numbers would outlive their sequence: nought times NaN is NaN."""
-        for layer in range(len(self.shapes)):
-            for tensor in self.slots(layer, slot.start, slot.capacity, 1):
-                tensor.zero_()
+        for part in self._parts(slot):
+            part.zero_()
 
 
 def row_index(
@@ -84,6 +101,9 @@ def row_index(
 def _zeros(rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(rows, dim, dtype=dtype, device=device)
-    # numpy's zeros are the system's: memory that is not written takes no place.
-    numbers = np.zeros(rows * dim * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(numbers).view(dtype).view(rows, dim)
+    # The system's own noughts: memory that is not written takes no place. In small pages, for the first token
+    # of a slot touches a page of every layer, and large ones would stop the step to be cleared.
+    memory = mmap.mmap(-1, rows * dim * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, dim)

@@ -104,7 +104,12 @@ def _check_rotary(loaded: LoadedModel) -> None:
 
 def _served(loaded: LoadedModel, runner: Runner, options: LLMConfig) -> ServedModel:
     logger.info("%s runner, %d tokens of KV memory", runner.name, runner.store.tokens)
-    cache = KVCache(runner.store.tokens, longest=loaded.max_model_len, prefix_caching=options.prefix_caching)
+    cache = KVCache(
+        runner.store.tokens,
+        longest=loaded.max_model_len,
+        prefix_caching=options.prefix_caching,
+        compact=runner.batches_neighbours,
+    )
     return ServedModel(loaded, runner, cache)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from blaze.clock import Clock
 from blaze.engines.llm.choice import Choice, named
+from blaze.engines.llm.greedy import Largest
 from blaze.engines.llm.job import Job
 from blaze.engines.llm.kv_cache import KVCache
 from blaze.engines.llm.runner import Runner, StepResult
@@ -41,12 +43,15 @@ class EngineLoop:
         max_batch_size: int,
         max_batch_tokens: int,
         on_step: Callable[[], None] = lambda: None,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """``on_step`` is called after each step, before anybody hears of what came of it."""
+        """``on_step`` is called after each step, before anybody hears of what came of it; ``together`` holds
+        back the news of one step until all of them are there."""
         self._runner = runner
         self._cache = cache
         self._clock = clock
         self._on_step = on_step
+        self._together = together
         self.scheduler = Scheduler(cache, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
         self._jobs: dict[Job, None] = {}
         self._owners: dict[Sequence, tuple[Job, Choice]] = {}
@@ -117,11 +122,12 @@ class EngineLoop:
         self._on_step()
         self.scheduler.computed(step)
         drawing = [work.sequence for work in step.work if work.yields_token]
-        self._note_prompt_logprobs(result)
-        # Part of the step, for a GPU tells of its errors when its numbers are looked at.
-        self._draw(drawing, result.next_logits)
+        with self._together():
+            self._note_prompt_logprobs(result)
+            # Part of the step, for a GPU tells of its errors when its numbers are looked at.
+            self._draw(drawing, result.next_logits, result.largest)
 
-    def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+    def _draw(self, sequences: list[Sequence], logits: torch.Tensor, largest: Largest | None) -> None:
         """Draw for each row of ``logits``, but for those whose jobs have failed in this very step."""
         going = [row for row, sequence in enumerate(sequences) if sequence in self._owners]
         if not going:
@@ -129,8 +135,9 @@ class EngineLoop:
         if len(going) < len(sequences):
             sequences = [sequences[row] for row in going]
             logits = logits[torch.tensor(going, device=logits.device)]
+            largest = None if largest is None else largest.of(going)
         rows = [self._owners[sequence][1].row() for sequence in sequences]
-        for sequence, sampled in zip(sequences, sample(logits, rows), strict=True):
+        for sequence, sampled in zip(sequences, sample(logits, rows, largest), strict=True):
             if sequence not in self._owners:  # another choice of its job has just failed
                 continue
             job, choice = self._owners[sequence]

@@ -22,11 +22,6 @@ class Panels:
     outputs: int
     inputs: int
 
-    def row(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows of a bfloat16 matrix as they were, [len(index), inputs]."""
-        block, panel, place = index // _BLOCK, index % _BLOCK // _PANEL, index % _PANEL
-        return self.weights[block, :, panel, place].reshape(len(index), self.inputs)
-
 
 class PanelFormat:
     """See :class:`blaze.engines.llm.fused_model.LinearFormat`. Takes bfloat16, [out, in] with an even in."""

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from blaze.engines.llm.greedy import Largest
 from blaze.engines.llm.kv_store import KVStore
 from blaze.engines.llm.scheduler import Step, Work
 
@@ -17,6 +18,7 @@ class StepResult:
 
     next_logits: torch.Tensor  # [work that yields a token, vocabulary], in the step's order
     all_logits: tuple[tuple[Work, torch.Tensor], ...]  # [count, vocabulary] each
+    largest: Largest | None = None  # of each row of ``next_logits``, where the runner knows them
 
 
 class Runner(Protocol):
@@ -27,6 +29,11 @@ class Runner(Protocol):
 
     @property
     def store(self) -> KVStore: ...
+
+    @property
+    def batches_neighbours(self) -> bool:
+        """Whether it is faster where running sequences lie side by side."""
+        ...
 
     def execute(self, step: Step) -> StepResult:
         """Copies first, then the work; raises whatever the model raises."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from blaze.engines.llm.greedy import Largest, finite, greedy
 from blaze.engines.llm.penalties import (
     SamplingRow,
     TokenHistory,
@@ -76,12 +77,15 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | NonFiniteOutput]:
+def sample(
+    logits: torch.Tensor, rows: Sequence[SamplingRow], largest: Largest | None = None
+) -> list[SampledToken | NonFiniteOutput]:
     """One token for each row of ``logits`` [rows, vocabulary] (floating point, any device, not modified).
 
     After :func:`apply_penalties`: temperature 0 takes the largest logit, of equal ones the lowest id. Else
     one uniform number is looked up in the cumulative distribution, in the order of ids, over the tokens
-    that :func:`kept_probabilities` leaves. A seed of None counts as 0.
+    that :func:`kept_probabilities` leaves. A seed of None counts as 0. ``largest``: of these very rows, if
+    somebody knows it already.
 
     A row in which NaN, +inf or nothing above -inf is left gets an error in place of a token; the others are
     not touched by it. Raises :class:`ValueError` where ``rows`` do not fit ``logits``, or a row has
@@ -90,7 +94,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledTok
     if logits.dim() != 2 or logits.shape[0] != len(rows):
         raise ValueError(f"{len(rows)} rows do not fit logits of shape {tuple(logits.shape)}")
     with torch.inference_mode():
-        chosen = _choose(logits, rows)
+        chosen = _choose(logits, rows, largest)
         asked = {
             index: (token, row.params.logprobs)
             for index, (row, token) in enumerate(zip(rows, chosen, strict=True))
@@ -122,10 +126,11 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, top: int) -> lis
     return [outcome for outcome in measured if isinstance(outcome, SampledToken)]
 
 
-def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
+def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow], largest: Largest | None) -> list[int | None]:
     """Token ids; None for a row that is not finite."""
     plain = [i for i, row in enumerate(rows) if row.params.temperature == 0 and leaves_logits_alone(row)]
-    chosen = dict(zip(plain, _greedy(select(logits, plain)), strict=True))
+    known = greedy(select(logits, plain)) if largest is None else finite(largest.of(plain))
+    chosen = dict(zip(plain, known, strict=True))
     others = [index for index in range(len(rows)) if index not in chosen]
     for some in _batches(others, logits):
         # A copy in any case, for the penalties are applied in place.
@@ -136,22 +141,12 @@ def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int | Non
 
 def _process_and_choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
     apply_penalties(logits, rows)
-    chosen = _greedy(logits)
+    chosen = greedy(logits)
     hot = [i for i, row in enumerate(rows) if row.params.temperature > 0 and chosen[i] is not None]
     if hot:
         for index, token in zip(hot, _draw(select(logits, hot), [rows[i] for i in hot]), strict=True):
             chosen[index] = token
     return chosen
-
-
-def _greedy(logits: torch.Tensor) -> list[int | None]:
-    # max, not argmax: documented to give the first of equal ones, several times faster with bfloat16, and
-    # its values tell the rows that are not finite (it hands NaN on) without another look at the logits.
-    values, ids = logits.max(dim=-1)
-    return [
-        token if finite else None
-        for token, finite in zip(ids.tolist(), values.isfinite().tolist(), strict=True)
-    ]
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:

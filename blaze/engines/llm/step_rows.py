@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
 
+from blaze.engines.llm.greedy import Largest
 from blaze.engines.llm.layout import Run, slot_of, split
 from blaze.engines.llm.runner import StepResult, wants_all_logits
 from blaze.engines.llm.scheduler import Step, Work
@@ -30,19 +32,21 @@ class StepRows:
     def of(cls, step: Step, device: torch.device) -> StepRows:
         runs, chunks = split(step.work)
         ordered = [work for run in runs for work in run.rows if work is not None] + chunks
-        counts = [work.count for work in ordered]
-        offsets = np.cumsum([0, *counts])
-        total = int(offsets[-1])
-        columns = np.empty((4, total), dtype=np.int64)
-        first_row: dict[Work, int] = {}
-        for work, offset in zip(ordered, offsets.tolist(), strict=False):
+        offsets = list(accumulate((work.count for work in ordered), initial=0))
+        slots = [slot_of(work) for work in ordered]
+        columns = np.empty((4, offsets[-1]), dtype=np.int64)
+        singles = len(ordered) - len(chunks)
+        columns[0, :singles] = [work.sequence.token_ids[work.start] for work in ordered[:singles]]
+        columns[1, :singles] = [slot.start for slot in slots[:singles]]
+        columns[2, :singles] = [slot.capacity for slot in slots[:singles]]
+        columns[3, :singles] = [work.start for work in ordered[:singles]]
+        for work, slot, offset in zip(chunks, slots[singles:], offsets[singles:], strict=False):
             rows = slice(offset, offset + work.count)
-            slot = slot_of(work)
             columns[0, rows] = work.sequence.token_ids[work.start : work.end]
             columns[1, rows] = slot.start
             columns[2, rows] = slot.capacity
             columns[3, rows] = np.arange(work.start, work.end)
-            first_row[work] = offset
+        first_row = dict(zip(ordered, offsets, strict=False))
         wanted = [row for work in step.work for row in _logit_rows(work, first_row[work])]
         ids, starts, capacities, positions = torch.from_numpy(columns).to(device)
         return cls(
@@ -57,8 +61,8 @@ class StepRows:
             first_row=first_row,
         )
 
-    def result(self, step: Step, logits: torch.Tensor) -> StepResult:
-        """``logits`` are those of ``logit_rows``, [rows, vocabulary]."""
+    def result(self, step: Step, logits: torch.Tensor, largest: Largest | None = None) -> StepResult:
+        """``logits`` are those of ``logit_rows``, [rows, vocabulary], as is what is known of them."""
         yielding: list[int] = []
         whole: list[tuple[Work, torch.Tensor]] = []
         at = 0
@@ -70,10 +74,9 @@ class StepRows:
             if work.yields_token:
                 yielding.append(at - 1)
         if len(yielding) < at:
-            return StepResult(
-                logits[torch.tensor(yielding, dtype=torch.int64, device=logits.device)], tuple(whole)
-            )
-        return StepResult(logits, tuple(whole))
+            logits = logits[torch.tensor(yielding, dtype=torch.int64, device=logits.device)]
+            largest = None if largest is None else largest.of(yielding)
+        return StepResult(logits, tuple(whole), largest)
 
 
 def _logit_rows(work: Work, first: int) -> range:

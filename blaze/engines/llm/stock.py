@@ -82,6 +82,8 @@ class StockRunner:
 
     name = "stock"
 
+    batches_neighbours = True
+
     def __init__(self, model: PreTrainedModel, store: KVStore, *, compiled: bool = False) -> None:
         self._model = model
         self._forward = torch.compile(model, dynamic=True) if compiled else model

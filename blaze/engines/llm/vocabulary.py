@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 from blaze.engines.llm.detokenize import Decoder
 from blaze.types import TokenId
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 
@@ -37,12 +39,31 @@ class TextDecoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._backend = _backend(tokenizer)
+        self._single = lru_cache(maxsize=1 << 16)(self._decode)
 
     def decode(self, token_ids: Sequence[TokenId]) -> str:
+        return self._single(token_ids[0]) if len(token_ids) == 1 else self._decode(*token_ids)
+
+    def _decode(self, *token_ids: TokenId) -> str:
+        if self._backend is not None:
+            return self._backend.decode(token_ids, skip_special_tokens=True)
         text: str = self._tokenizer.decode(
             list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """What decodes in the end, where transformers adds nothing of its own: the way there takes longer."""
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    own = PreTrainedTokenizerFast
+    if not issubclass(kind, own) or (kind.decode, kind._decode) != (own.decode, own._decode):
+        return None
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    return backend
 
 
 class TokenizerNames:

@@ -17,6 +17,7 @@ struct BlazeStep {
   const int64_t *start;    // [rows], of the row's slot, in tokens
   const int64_t *capacity; // [rows], of the row's slot
   const int64_t *position; // [rows], of the row's token in its sequence
+  const int64_t *id;       // [rows], of the row's token; read by step.cpp alone
 };
 
 struct BlazeHeads {

@@ -28,6 +28,7 @@ class StepStruct(Structure):
         ("start", c_void_p),
         ("capacity", c_void_p),
         ("position", c_void_p),
+        ("id", c_void_p),
     )
 
 
@@ -86,6 +87,19 @@ class ModelStruct(Structure):
         ("layer", POINTER(LayerStruct)),
         ("final_norm", c_void_p),
         ("head", MatrixStruct),
+        ("embedding", c_void_p),
+    )
+
+
+class ResultStruct(Structure):
+    """``BlazeResult`` of step.cpp."""
+
+    _fields_ = (
+        ("count", c_int64),
+        ("rows", c_void_p),
+        ("logits", c_void_p),
+        ("largest", c_void_p),
+        ("likeliest", c_void_p),
     )
 
 
@@ -102,7 +116,7 @@ class BuffersStruct(Structure):
 
 
 def step_function(library: Path) -> Callable[..., None] | None:
-    """``blaze_step`` of step.cpp: model, step, buffers, wanted rows, their count, logits.
+    """``blaze_step`` of step.cpp: model, step, buffers, result.
 
     None where this processor has no instruction for it.
     """
@@ -116,9 +130,7 @@ def step_function(library: Path) -> Callable[..., None] | None:
         POINTER(ModelStruct),
         POINTER(StepStruct),
         POINTER(BuffersStruct),
-        c_void_p,
-        c_int64,
-        c_void_p,
+        POINTER(ResultStruct),
     )
 
 

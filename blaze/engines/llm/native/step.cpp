@@ -35,10 +35,20 @@ struct BlazeModel {
   const BlazeLayer *layer;
   const float *final_norm;
   BlazeMatrix head;
+  const void *embedding; // [vocabulary][hidden], or null: the head's rows are the embeddings
 };
 
-struct BlazeBuffers { // [rows] of each; of `normed` as many as the most of rows and wanted
-  float *hidden;      // in: the embeddings
+// What comes of a step: for each of `count` rows the logits, and the first of the largest.
+struct BlazeResult {
+  int64_t count;
+  const int64_t *rows; // of the step
+  void *logits;        // [count][vocabulary]
+  float *largest;      // [count]; not a number where a logit is none
+  int64_t *likeliest;  // [count]
+};
+
+struct BlazeBuffers { // [rows] of each; of `normed` as many as the most of rows and results
+  float *hidden;      // [hidden]
   void *normed;       // [hidden]
   void *qkv;
   void *attended;
@@ -96,8 +106,46 @@ void gate_all(Team &team, Scratch &scratch, const BlazeMatrix &matrix, const BFl
   });
 }
 
-void run(const BlazeModel &model, const BlazeStep &step, const BlazeBuffers &buffers, const int64_t *wanted,
-         int64_t count, BFloat *logits, int64_t unpacked, Team &team) {
+// A row of a matrix in bf16, as it was before it was packed.
+inline void unpack_row(const BlazeMatrix &matrix, int64_t row, float *out) {
+  const BFloat *from = (const BFloat *)matrix.weights + row / kOutputs * kOutputs * matrix.inputs +
+                       row % kOutputs * 2; // panels of a block lie side by side
+  for (int64_t k = 0; k < matrix.inputs; k++) out[k] = to_float(from[k / 2 * 2 * kOutputs + k % 2]);
+}
+
+void embed(const BlazeModel &model, int64_t id, float *out) {
+  if (!model.embedding) return unpack_row(model.head, id, out);
+  const BFloat *from = (const BFloat *)model.embedding + id * model.hidden;
+  for (int64_t k = 0; k < model.hidden; k++) out[k] = to_float(from[k]);
+}
+
+void find_largest(const BFloat *logits, int64_t count, float *largest, int64_t *likeliest) {
+  Floats most = splat(-__builtin_inff());
+  Ints bad = {};
+  int64_t i = 0;
+  for (; i + kPanel <= count; i += kPanel) {
+    const Floats some = load16(logits + i);
+    most = some > most ? some : most;
+    bad |= some != some;
+  }
+  float top = -__builtin_inff();
+  for (int l = 0; l < kPanel; l++) {
+    if (bad[l]) top = __builtin_nanf("");
+    if (most[l] > top) top = most[l];
+  }
+  for (; i < count; i++) {
+    const float one = to_float(logits[i]);
+    if (one != one || one > top) top = one;
+  }
+  *largest = top;
+  i = 0;
+  while (i + kPanel <= count && !_mm512_cmpeq_ps_mask((__m512)load16(logits + i), _mm512_set1_ps(top))) i += kPanel;
+  while (i < count && to_float(logits[i]) != top) i++;
+  *likeliest = i < count ? i : 0;
+}
+
+void run(const BlazeModel &model, const BlazeStep &step, const BlazeBuffers &buffers, const BlazeResult &result,
+         int64_t unpacked, Team &team) {
   Scratch scratch{std::unique_ptr<float[]>(new float[kTile * scores_stride(step)]),
                   std::unique_ptr<BFloat[]>(unpacked ? new BFloat[unpacked] : nullptr)};
   const int64_t rows = step.rows, hidden = model.hidden;
@@ -108,6 +156,7 @@ void run(const BlazeModel &model, const BlazeStep &step, const BlazeBuffers &buf
       rms_norm(buffers.hidden + row * hidden, hidden, model.eps, weight, normed + row * hidden);
     });
   };
+  team.each(rows, [&](int64_t row, int64_t) { embed(model, step.id[row], buffers.hidden + row * hidden); });
   for (const BlazeLayer *layer = model.layer; layer < model.layer + model.layers; layer++) {
     BFloat *keys = (BFloat *)layer->keys, *values = (BFloat *)layer->values;
     const int64_t items = rows * layer->heads.keys;
@@ -123,10 +172,16 @@ void run(const BlazeModel &model, const BlazeStep &step, const BlazeBuffers &buf
     gate_all(team, scratch, layer->gate_up, normed, rows, layer->down.inputs, gated);
     add_all(team, scratch, layer->down, gated, rows, buffers.hidden);
   }
-  team.each(count, [&](int64_t i, int64_t) {
-    rms_norm(buffers.hidden + wanted[i] * hidden, hidden, model.eps, model.final_norm, normed + i * hidden);
+  team.each(result.count, [&](int64_t i, int64_t) {
+    const float *last = buffers.hidden + result.rows[i] * hidden;
+    rms_norm(last, hidden, model.eps, model.final_norm, normed + i * hidden);
   });
-  store_all(team, scratch, model.head, normed, count, logits);
+  BFloat *logits = (BFloat *)result.logits;
+  store_all(team, scratch, model.head, normed, result.count, logits);
+  team.each(result.count, [&](int64_t i, int64_t) {
+    const BFloat *row = logits + i * model.head.outputs;
+    find_largest(row, model.head.outputs, result.largest + i, result.likeliest + i);
+  });
 }
 
 // Inputs of the widest matrix that has to be unpacked.
@@ -144,16 +199,14 @@ extern "C" {
 
 int64_t blaze_runs_steps() { return 1; }
 
-// Logits [count][vocabulary] of the rows `wanted`.
-void blaze_step(const BlazeModel *model, const BlazeStep *step, const BlazeBuffers *buffers, const int64_t *wanted,
-                int64_t count, void *logits) {
+void blaze_step(const BlazeModel *model, const BlazeStep *step, const BlazeBuffers *buffers, const BlazeResult *result) {
   Team team;
   const int64_t unpacked = unpacked_size(*model);
 #pragma omp parallel num_threads(step->threads) if (step->threads > 1)
   {
 #pragma omp single
     team.of(omp_get_num_threads()); // which may be fewer than were asked for
-    run(*model, *step, *buffers, wanted, count, (BFloat *)logits, unpacked, team);
+    run(*model, *step, *buffers, *result, unpacked, team);
   }
 }
 
