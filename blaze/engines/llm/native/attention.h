@@ -1,11 +1,14 @@
-// Attention of one row and one head of keys, and keeping that row's key and value before.
+// Keys and values of a step are kept, then its queries attend to all that their sequences have.
 //
 // Keys lie in blocks of 16 tokens, so that 16 scores are one vector: fp32 as [dim][16], bf16 as
-// [dim / 2][16][2], the operand of the bf16 dot product. Values lie as [tokens][dim].
+// [dim / 2][16][2], the operand of the bf16 dot product. Values lie as [tokens][dim] in fp32, and in bf16, for
+// the same reason, as [tokens / 2][dim][2].
 
 #pragma once
 
 #include "vectors.h"
+
+#include <vector>
 
 extern "C" {
 
@@ -39,15 +42,30 @@ namespace {
 
 constexpr int64_t kBlock = 16;   // keys to a block, lanes of a vector
 constexpr int64_t kMaxDim = 256; // of a head
-constexpr int64_t kTile = 4;     // queries of a group that share a pass over the keys
+constexpr int kQueries = 6;      // that share a pass over keys and values
+constexpr int64_t kTogether = 2; // neighbouring rows of a sequence, whose queries share passes
 
-// --- Keys: writing one, and 16 scores at once ------------------------------------------------------
+// --- Where things lie --------------------------------------------------------------------------------
 
 inline void write_key(float *block, int64_t lane, const float *key, int64_t dim) {
   for (int64_t d = 0; d < dim; d++) block[d * kBlock + lane] = key[d];
 }
 inline void write_key(BFloat *block, int64_t lane, const float *key, int64_t dim) {
-  for (int64_t d = 0; d < dim; d++) store(block + (d / 2) * 2 * kBlock + lane * 2 + (d & 1), key[d]);
+  BFloat rounded[kMaxDim];
+  for (int64_t d = 0; d < dim; d += 16) store16(rounded + d, load16(key + d));
+  for (int64_t d = 0; d < dim; d += 2) std::memcpy(block + d * kBlock + lane * 2, rounded + d, 4);
+}
+
+inline void write_value(float *values, int64_t position, const float *value, int64_t dim) {
+  std::memcpy(values + position * dim, value, dim * 4);
+}
+inline void write_value(BFloat *values, int64_t position, const BFloat *value, int64_t dim) {
+  BFloat *to = values + position / 2 * 2 * dim + position % 2;
+  for (int64_t d = 0; d < dim; d++) to[2 * d] = value[d];
+}
+
+inline void fetch(const void *from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
 }
 
 // Scores of `Q` queries with `B` neighbouring blocks of keys.
@@ -91,6 +109,77 @@ template <int Q, int B> void scores(const BFloat *const *q, const BFloat *keys, 
 #endif
 }
 
+// --- Sums of weighed values --------------------------------------------------------------------------
+
+// `C` vectors of 16 numbers of the values of the tokens from `from` to before `to`, weighed for Q queries,
+// added to `sum`. `next`, unless null, is fetched meanwhile.
+template <int Q, int C>
+void weigh(const float *values, int64_t dim, const float *const *weights, int64_t from, int64_t to,
+           const float *next, Floats (*sum)[4]) {
+  for (int64_t t = from; t < to; t++) {
+    if (next) fetch(next + t * dim, dim * 4);
+    for (int c = 0; c < C; c++) {
+      const Floats value = load16(values + t * dim + c * 16);
+      for (int i = 0; i < Q; i++) sum[i][c] += weights[i][t] * value;
+    }
+  }
+}
+
+// Two tokens at once. At an odd border the other token of the pair does not count, whatever lies there.
+template <int Q, int C>
+void weigh(const BFloat *values, int64_t dim, const BFloat *const *weights, int64_t from, int64_t to,
+           const BFloat *next, Floats (*sum)[4]) {
+#ifdef BF16_DOT
+  __m512 some[Q][C];
+  for (int i = 0; i < Q; i++)
+    for (int c = 0; c < C; c++) some[i][c] = (__m512)sum[i][c];
+  for (int64_t t = from / 2 * 2; t < to; t += 2) {
+    const bool whole = t >= from && t + 2 <= to;
+    const __m512i seen = _mm512_set1_epi32((t >= from ? 0xffff : 0) | (t + 1 < to ? int32_t(0xffff0000) : 0));
+    if (next) fetch(next + t * dim, 2 * dim * 2);
+    __m512bh pairs[C];
+    for (int c = 0; c < C; c++) {
+      __m512i two = _mm512_loadu_si512(values + t * dim + c * 32);
+      if (!whole) two = _mm512_and_si512(two, seen);
+      pairs[c] = (__m512bh)two;
+    }
+    for (int i = 0; i < Q; i++) {
+      int32_t both;
+      std::memcpy(&both, weights[i] + t, 4);
+      if (!whole) both &= (t >= from ? 0xffff : 0) | (t + 1 < to ? int32_t(0xffff0000) : 0);
+      for (int c = 0; c < C; c++)
+        some[i][c] = _mm512_dpbf16_ps(some[i][c], pairs[c], (__m512bh)_mm512_set1_epi32(both));
+    }
+  }
+  for (int i = 0; i < Q; i++)
+    for (int c = 0; c < C; c++) sum[i][c] = (Floats)some[i][c];
+#else
+  for (int64_t t = from; t < to; t++)
+    for (int c = 0; c < C; c++) {
+      Ints two;
+      std::memcpy(&two, values + t / 2 * 2 * dim + c * 32, 64);
+      const Floats value = (Floats)(t % 2 ? two & int32_t(0xffff0000) : two << 16);
+      for (int i = 0; i < Q; i++) sum[i][c] += to_float(weights[i][t]) * value;
+    }
+#endif
+}
+
+template <int Q, typename T>
+void weigh(int vectors, const T *values, int64_t dim, const T *const *weights, int64_t from, int64_t to,
+           const T *next, Floats (*sum)[4]) {
+  switch (vectors) {
+  case 1: return weigh<Q, 1>(values, dim, weights, from, to, next, sum);
+  case 2: return weigh<Q, 2>(values, dim, weights, from, to, next, sum);
+  case 3: return weigh<Q, 3>(values, dim, weights, from, to, next, sum);
+  default: return weigh<Q, 4>(values, dim, weights, from, to, next, sum);
+  }
+}
+
+constexpr int64_t kStride(float) { return 1; } // numbers of a value that lie side by side
+constexpr int64_t kStride(BFloat) { return 2; }
+
+// --- Attention ---------------------------------------------------------------------------------------
+
 // One head's query or key: norm (if the model has one), then rotary position, as the models do it.
 template <typename T>
 void rotated(const T *x, const float *norm, const BlazeHeads &heads, int64_t position, float *out) {
@@ -110,73 +199,94 @@ void rotated(const T *x, const float *norm, const BlazeHeads &heads, int64_t pos
   }
 }
 
-inline void fetch(const void *from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
+template <typename T> struct Query {
+  T numbers[kMaxDim];
+  int64_t first;    // token that it sees
+  int64_t position; // the last one
+  T *out;
+};
+
+// Weights of the tokens from exp(score - top), in place: as numbers of T, from the row's beginning on. Gives
+// the sum of what is stored. Writing never overtakes reading.
+template <typename T> float weigh_scores(float *scores, Floats most, int64_t from, int64_t blocks) {
+  float top = most[0];
+  for (int l = 1; l < 16; l++) top = most[l] > top ? most[l] : top;
+  T *weights = (T *)scores;
+  Floats sum = {};
+  for (int64_t b = from; b < blocks; b++) {
+    store16(weights + b * kBlock, exp16(load16(scores + b * kBlock) - top));
+    sum += load16(weights + b * kBlock);
+  }
+  return total(sum);
 }
 
-// `next`: keys that will be read after these, or null.
+// `Q` queries of a sequence and a head of keys. What they see may differ at the edges. `next`: keys that
+// will be read after these, or null.
 template <typename T, int Q>
-void attend_tile(const T *keys, const T *values, const T *next, const BlazeHeads &heads, int64_t position,
-                 const T *const *q, float *weights, int64_t stride, T *out) {
+void attend_together(const T *keys, const T *values, const T *next, const BlazeHeads &heads, const Query<T> *query,
+                     float *scratch, int64_t stride) {
   const int64_t dim = heads.dim;
-  const int64_t first = heads.window && position >= heads.window ? position - heads.window + 1 : 0;
-  const int64_t from = first / kBlock, blocks = position / kBlock + 1;
+  int64_t begin = query[0].first, end = query[0].position + 1; // what anybody sees
+  int64_t from_all = begin, to_all = end;                       // what all see
+  const T *numbers[Q];
+  for (int i = 0; i < Q; i++) {
+    const int64_t to = query[i].position + 1;
+    begin = query[i].first < begin ? query[i].first : begin;
+    from_all = query[i].first > from_all ? query[i].first : from_all;
+    end = to > end ? to : end;
+    to_all = to < to_all ? to : to_all;
+    numbers[i] = query[i].numbers;
+  }
   Floats most[Q];
   for (int i = 0; i < Q; i++) most[i] = splat(-__builtin_inff());
   const Floats lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   auto take = [&](int64_t block, int i, Floats score) {
+    const int64_t at = block * kBlock;
     score *= heads.scale;
-    if (block == blocks - 1) // what lies behind the row's own token is not its to see
-      score = lane <= splat(float(position - block * kBlock)) ? score : splat(-__builtin_inff());
-    if (block == from && first % kBlock)
-      score = lane >= splat(float(first - block * kBlock)) ? score : splat(-__builtin_inff());
+    if (at + kBlock > query[i].position + 1) // what lies behind the row's own token is not its to see
+      score = lane <= splat(float(query[i].position - at)) ? score : splat(-__builtin_inff());
+    if (at < query[i].first) score = lane >= splat(float(query[i].first - at)) ? score : splat(-__builtin_inff());
     most[i] = score > most[i] ? score : most[i];
-    std::memcpy(weights + i * stride + block * kBlock, &score, 64);
+    std::memcpy(scratch + i * stride + at, &score, 64);
   };
+  const int64_t from = begin / kBlock, blocks = (end + kBlock - 1) / kBlock;
   int64_t block = from;
   for (; block + 2 <= blocks; block += 2) {
     fetch(values + block * kBlock * dim, 2 * kBlock * dim * sizeof(T));
     Floats two[Q][2];
-    scores<Q, 2>(q, keys + block * kBlock * dim, dim, two);
+    scores<Q, 2>(numbers, keys + block * kBlock * dim, dim, two);
     for (int i = 0; i < Q; i++) take(block, i, two[i][0]), take(block + 1, i, two[i][1]);
   }
   for (; block < blocks; block++) {
     Floats one[Q][1];
-    scores<Q, 1>(q, keys + block * kBlock * dim, dim, one);
+    scores<Q, 1>(numbers, keys + block * kBlock * dim, dim, one);
     for (int i = 0; i < Q; i++) take(block, i, one[i][0]);
   }
   float share[Q];
+  const T *weights[Q];
   for (int i = 0; i < Q; i++) {
-    float top = most[i][0];
-    for (int l = 1; l < 16; l++) top = most[i][l] > top ? most[i][l] : top;
-    Floats sum = {};
-    for (int64_t b = from; b < blocks; b++) {
-      float *at = weights + i * stride + b * kBlock;
-      const Floats weight = exp16(load16(at) - top);
-      sum += weight;
-      std::memcpy(at, &weight, 64);
-    }
-    share[i] = 1.0f / total(sum);
+    share[i] = 1.0f / weigh_scores<T>(scratch + i * stride, most[i], from, blocks);
+    weights[i] = (const T *)(scratch + i * stride);
   }
+  // A query adds up in the order of tokens: those before what all see, those, and those after. Whole pairs.
+  from_all = (from_all + 1) / 2 * 2;
+  to_all = to_all / 2 * 2;
+  if (to_all < from_all) to_all = from_all;
   for (int64_t d = 0; d < dim; d += 64) {
-    const int chunks = dim - d >= 64 ? 4 : int((dim - d) / 16);
+    const int vectors = dim - d >= 64 ? 4 : int((dim - d) / 16);
+    const T *some = values + d * kStride(T{});
     Floats sum[Q][4] = {};
-    if (chunks == 4) {
-      for (int64_t t = first; t <= position; t++) {
-        if (next) fetch(next + t * dim, dim * sizeof(T));
-        Floats value[4];
-        for (int c = 0; c < 4; c++) value[c] = load16(values + t * dim + d + c * 16);
-        for (int i = 0; i < Q; i++)
-          for (int c = 0; c < 4; c++) sum[i][c] += weights[i * stride + t] * value[c];
-      }
-    } else {
-      for (int64_t t = first; t <= position; t++)
-        for (int c = 0; c < chunks; c++)
-          for (int i = 0; i < Q; i++) sum[i][c] += weights[i * stride + t] * load16(values + t * dim + d + c * 16);
+    for (int i = 0; i < Q; i++) {
+      const int64_t to = query[i].position + 1 < from_all ? query[i].position + 1 : from_all;
+      if (query[i].first < to) weigh<1>(vectors, some, dim, weights + i, query[i].first, to, (const T *)nullptr, sum + i);
+    }
+    if (from_all < to_all) weigh<Q>(vectors, some, dim, weights, from_all, to_all, d ? nullptr : next, sum);
+    for (int i = 0; i < Q; i++) {
+      const int64_t since = query[i].first > to_all ? query[i].first : to_all, to = query[i].position + 1;
+      if (since < to) weigh<1>(vectors, some, dim, weights + i, since, to, (const T *)nullptr, sum + i);
     }
     for (int i = 0; i < Q; i++)
-      for (int c = 0; c < chunks; c++)
-        store16(out + i * dim + d + c * 16, sum[i][c] * share[i]);
+      for (int c = 0; c < vectors; c++) store16(query[i].out + d + c * 16, sum[i][c] * share[i]);
   }
 }
 
@@ -185,47 +295,67 @@ inline int64_t slot_of(const BlazeStep &step, const BlazeHeads &heads, int64_t r
   return (step.start[row] * heads.keys + head * step.capacity[row]) * heads.dim;
 }
 
+// Keep the keys and values of a row.
 template <typename T>
-void keep(const BlazeStep &step, const BlazeHeads &heads, int64_t item, const T *qkv, T *keys, T *values) {
-  const int64_t row = item / heads.keys, head = item % heads.keys, dim = heads.dim;
-  const int64_t position = step.position[row], slot = slot_of(step, heads, row, head);
-  float key[kMaxDim];
-  const T *from = qkv + (row * (heads.queries + 2 * heads.keys) + heads.queries + head) * dim;
-  rotated(from, heads.k_norm, heads, position, key);
-  write_key(keys + slot + position / kBlock * kBlock * dim, position % kBlock, key, dim);
-  std::memcpy(values + slot + position * dim, from + heads.keys * dim, dim * sizeof(T));
+void keep(const BlazeStep &step, const BlazeHeads &heads, int64_t row, const T *qkv, T *keys, T *values) {
+  const int64_t dim = heads.dim, position = step.position[row];
+  for (int64_t head = 0; head < heads.keys; head++) {
+    const int64_t slot = slot_of(step, heads, row, head);
+    const T *from = qkv + (row * (heads.queries + 2 * heads.keys) + heads.queries + head) * dim;
+    float key[kMaxDim];
+    rotated(from, heads.k_norm, heads, position, key);
+    write_key(keys + slot + position / kBlock * kBlock * dim, position % kBlock, key, dim);
+    write_value(values + slot, position, from + heads.keys * dim, dim);
+  }
 }
 
 inline int64_t scores_stride(const BlazeStep &step) { return (step.longest + 2 * kBlock) / kBlock * kBlock; }
+inline int64_t scores_size(const BlazeStep &step) { return kQueries * scores_stride(step); } // of a thread's scratch
 
-// `weights`: scratch for kTile rows of scores_stride() numbers. `next`: the item after this one.
+// The rows of a step, by neighbours of a sequence: where each group begins, and where the last one ends.
+inline std::vector<int64_t> groups_of(const BlazeStep &step) {
+  std::vector<int64_t> begins;
+  for (int64_t row = 0; row < step.rows; row++) {
+    const bool follows = row && step.start[row] == step.start[row - 1] && step.position[row] == step.position[row - 1] + 1;
+    if (!follows || row - begins.back() == kTogether) begins.push_back(row);
+  }
+  begins.push_back(step.rows);
+  return begins;
+}
+
+// Item `item` of (groups * heads of keys); `next` is the item after it.
 template <typename T>
-void attend(const BlazeStep &step, const BlazeHeads &heads, int64_t item, int64_t next, const T *qkv, const T *keys,
-            const T *values, float *weights, T *out) {
-  const int64_t row = item / heads.keys, head = item % heads.keys, dim = heads.dim;
-  const int64_t group = heads.queries / heads.keys, position = step.position[row];
-  const int64_t slot = slot_of(step, heads, row, head), stride = scores_stride(step);
-  const T *from = qkv + row * (heads.queries + 2 * heads.keys) * dim;
-  const bool more = next < step.rows * heads.keys;
-  const T *ahead = more ? keys + slot_of(step, heads, next / heads.keys, next % heads.keys) : nullptr;
-  for (int64_t done = 0; done < group;) {
-    const int64_t tile = group - done < kTile ? group - done : kTile, first = head * group + done;
-    T queries[kTile][kMaxDim];
-    const T *q[kTile];
-    for (int64_t i = 0; i < tile; i++) {
+void attend(const BlazeStep &step, const std::vector<int64_t> &groups, const BlazeHeads &heads, int64_t item,
+            int64_t next, const T *qkv, const T *keys, const T *values, float *scratch, T *out) {
+  const int64_t first = groups[item / heads.keys], last = groups[item / heads.keys + 1], head = item % heads.keys;
+  const int64_t dim = heads.dim, group = heads.queries / heads.keys, count = (last - first) * group;
+  const int64_t slot = slot_of(step, heads, first, head), stride = scores_stride(step);
+  const bool more = next / heads.keys + 1 < int64_t(groups.size());
+  const T *ahead = more ? keys + slot_of(step, heads, groups[next / heads.keys], next % heads.keys) : nullptr;
+  if (ahead == keys + slot) ahead = nullptr; // at hand
+  for (int64_t done = 0; done < count;) {
+    const int64_t some = count - done < kQueries ? count - done : kQueries;
+    Query<T> queries[kQueries];
+    for (int64_t i = 0; i < some; i++) {
+      const int64_t row = first + (done + i) / group, at = head * group + (done + i) % group;
+      const int64_t position = step.position[row];
       float query[kMaxDim];
-      rotated(from + (first + i) * dim, heads.q_norm, heads, position, query);
-      for (int64_t d = 0; d < dim; d += 16) store16(queries[i] + d, load16(query + d));
-      q[i] = queries[i];
+      rotated(qkv + (row * (heads.queries + 2 * heads.keys) + at) * dim, heads.q_norm, heads, position, query);
+      for (int64_t d = 0; d < dim; d += 16) store16(queries[i].numbers + d, load16(query + d));
+      queries[i].first = heads.window && position >= heads.window ? position - heads.window + 1 : 0;
+      queries[i].position = position;
+      queries[i].out = out + (row * heads.queries + at) * dim;
     }
-    T *to = out + (row * heads.queries + first) * dim;
-    switch (tile) {
-    case 1: attend_tile<T, 1>(keys + slot, values + slot, ahead, heads, position, q, weights, stride, to); break;
-    case 2: attend_tile<T, 2>(keys + slot, values + slot, ahead, heads, position, q, weights, stride, to); break;
-    case 3: attend_tile<T, 3>(keys + slot, values + slot, ahead, heads, position, q, weights, stride, to); break;
-    default: attend_tile<T, 4>(keys + slot, values + slot, ahead, heads, position, q, weights, stride, to);
+    const T *k = keys + slot, *v = values + slot;
+    switch (some) {
+    case 1: attend_together<T, 1>(k, v, ahead, heads, queries, scratch, stride); break;
+    case 2: attend_together<T, 2>(k, v, ahead, heads, queries, scratch, stride); break;
+    case 3: attend_together<T, 3>(k, v, ahead, heads, queries, scratch, stride); break;
+    case 4: attend_together<T, 4>(k, v, ahead, heads, queries, scratch, stride); break;
+    case 5: attend_together<T, 5>(k, v, ahead, heads, queries, scratch, stride); break;
+    default: attend_together<T, kQueries>(k, v, ahead, heads, queries, scratch, stride);
     }
-    done += tile;
+    done += some;
     ahead = nullptr; // once is enough
   }
 }

@@ -12,17 +12,19 @@ constexpr int64_t kSmall = 1 << 14; // work not worth a second thread
 
 template <typename T>
 void attend_all(const BlazeStep &step, const BlazeHeads &heads, const T *qkv, T *keys, T *values, T *out) {
-  const int64_t items = step.rows * heads.keys;
+  const std::vector<int64_t> groups = groups_of(step);
+  const int64_t items = (int64_t(groups.size()) - 1) * heads.keys;
   const int64_t grain = items >= 64 * step.threads ? 4 : 1; // neighbours share keys in the cache
 #pragma omp parallel num_threads(step.threads) if (step.threads > 1)
   {
     // A chunk's rows see each other's keys: all are written before any is read.
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < items; item++) keep(step, heads, item, qkv, keys, values);
-    float *weights = new float[kTile * scores_stride(step)];
+    for (int64_t row = 0; row < step.rows; row++) keep(step, heads, row, qkv, keys, values);
+    float *scratch = new float[scores_size(step)];
 #pragma omp for schedule(dynamic, grain)
-    for (int64_t item = 0; item < items; item++) attend(step, heads, item, item + 1, qkv, keys, values, weights, out);
-    delete[] weights;
+    for (int64_t item = 0; item < items; item++)
+      attend(step, groups, heads, item, item + 1, qkv, keys, values, scratch, out);
+    delete[] scratch;
   }
 }
 

@@ -59,10 +59,11 @@ struct BlazeBuffers { // [rows] of each; of `normed` as many as the most of rows
 
 namespace {
 
+constexpr int64_t kParts = 64; // of the rows, where the work on one is small
 constexpr int64_t kRowsOfItem = 96; // of a long prompt: enough to be worth reading a block of weights for
 
 struct Scratch {
-  std::unique_ptr<float[]> weights; // of one tile of attention
+  std::unique_ptr<float[]> scores;
   std::unique_ptr<BFloat[]> unpacked;
 };
 
@@ -145,27 +146,33 @@ void find_largest(const BFloat *logits, int64_t count, float *largest, int64_t *
 }
 
 void run(const BlazeModel &model, const BlazeStep &step, const BlazeBuffers &buffers, const BlazeResult &result,
-         int64_t unpacked, Team &team) {
-  Scratch scratch{std::unique_ptr<float[]>(new float[kTile * scores_stride(step)]),
+         const std::vector<int64_t> &groups, int64_t unpacked, Team &team) {
+  Scratch scratch{std::unique_ptr<float[]>(new float[scores_size(step)]),
                   std::unique_ptr<BFloat[]>(unpacked ? new BFloat[unpacked] : nullptr)};
   const int64_t rows = step.rows, hidden = model.hidden;
   BFloat *normed = (BFloat *)buffers.normed, *qkv = (BFloat *)buffers.qkv;
   BFloat *attended = (BFloat *)buffers.attended, *gated = (BFloat *)buffers.gated;
+  const int64_t parts = rows < kParts ? rows : kParts;
+  auto each_row = [&](const auto &row) {
+    team.each(parts, [&](int64_t part, int64_t) {
+      for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; i++) row(i);
+    });
+  };
   auto norm_all = [&](const float *weight) {
-    team.each(rows, [&](int64_t row, int64_t) {
+    each_row([&](int64_t row) {
       rms_norm(buffers.hidden + row * hidden, hidden, model.eps, weight, normed + row * hidden);
     });
   };
-  team.each(rows, [&](int64_t row, int64_t) { embed(model, step.id[row], buffers.hidden + row * hidden); });
+  each_row([&](int64_t row) { embed(model, step.id[row], buffers.hidden + row * hidden); });
   for (const BlazeLayer *layer = model.layer; layer < model.layer + model.layers; layer++) {
     BFloat *keys = (BFloat *)layer->keys, *values = (BFloat *)layer->values;
-    const int64_t items = rows * layer->heads.keys;
+    const int64_t items = (int64_t(groups.size()) - 1) * layer->heads.keys;
     norm_all(layer->input_norm);
     store_all(team, scratch, layer->qkv, normed, rows, qkv);
     // A chunk's rows see each other's keys: all are written before any is read.
-    team.each(items, [&](int64_t item, int64_t) { keep(step, layer->heads, item, qkv, keys, values); });
+    each_row([&](int64_t row) { keep(step, layer->heads, row, qkv, keys, values); });
     team.each(items, [&](int64_t item, int64_t next) {
-      attend(step, layer->heads, item, next, qkv, keys, values, scratch.weights.get(), attended);
+      attend(step, groups, layer->heads, item, next, qkv, keys, values, scratch.scores.get(), attended);
     });
     add_all(team, scratch, layer->output, attended, rows, buffers.hidden);
     norm_all(layer->mlp_norm);
@@ -202,11 +209,12 @@ int64_t blaze_runs_steps() { return 1; }
 void blaze_step(const BlazeModel *model, const BlazeStep *step, const BlazeBuffers *buffers, const BlazeResult *result) {
   Team team;
   const int64_t unpacked = unpacked_size(*model);
+  const std::vector<int64_t> groups = groups_of(*step);
 #pragma omp parallel num_threads(step->threads) if (step->threads > 1)
   {
 #pragma omp single
     team.of(omp_get_num_threads()); // which may be fewer than were asked for
-    run(*model, *step, *buffers, *result, unpacked, team);
+    run(*model, *step, *buffers, *result, groups, unpacked, team);
   }
 }
 
