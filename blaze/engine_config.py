@@ -37,7 +37,7 @@ class LLMConfig(Settings):
     compile: bool = False  # torch.compile of the stock model
     deterministic: bool = False  # refuse to start where the batch may change the bits of an answer
     max_batch_size: PositiveInt = 32  # sequences in one step
-    max_batch_tokens: PositiveInt = 512  # tokens in one step: bounds what a long prompt costs the others
+    max_batch_tokens: PositiveInt = 128  # tokens in one step: bounds what a long prompt costs the others
     max_model_len: PositiveInt | None = None  # tokens; None: what the model was made for
     kv_cache_memory: KVCacheMemory = 0.2  # fraction: of what is free once the weights are loaded
     prefix_caching: bool = True

@@ -94,6 +94,9 @@ class ScriptedRunner:
     batches_neighbours: bool = True
     store: Any = field(default_factory=RecordingStore)
 
+    def settle(self) -> None:
+        pass
+
     def execute(self, step: Step) -> StepResult:
         self.before_step()
         yielding = [work for work in step.work if work.yields_token]

@@ -140,6 +140,7 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
 
     def _work(self, loaded: _Loaded) -> None:
         loop = loaded.loop
+        loop.settle()
         end: BlazeError = ReplicaStopping("The replica is shutting down.")
         try:
             while not self._stopping.is_set():

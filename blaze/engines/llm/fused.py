@@ -62,6 +62,9 @@ class FusedRunner:
     def batches_neighbours(self) -> bool:
         return self._operations.batches_neighbours
 
+    def settle(self) -> None:
+        """Any thread will do."""
+
     @torch.inference_mode()
     def execute(self, step: Step) -> StepResult:
         self.store.copy(step.copies)

@@ -5,6 +5,7 @@ So the interpreter is free for the event loop meanwhile, and no time goes by bet
 
 from __future__ import annotations
 
+import os
 from ctypes import Array, byref
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,6 +67,12 @@ class StepRunner:
             embedding=None if model.tied and model.head.scales is None else self._address(model.embedding),
         )
         self._buffers: dict[str, torch.Tensor] = {}
+
+    def settle(self) -> None:
+        """Keep each thread on a core of its own, if there are just as many: they are meant for this runner."""
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) == self._threads:
+            self._model.cores = self._address(torch.tensor(cores))
 
     @torch.inference_mode()
     def execute(self, step: Step) -> StepResult:

@@ -67,6 +67,10 @@ class EngineLoop:
         running = {job for sequence, (job, _) in self._owners.items() if sequence.slot is not None}
         return len(running)
 
+    def settle(self) -> None:
+        """On the thread that calls everything else from now on."""
+        self._runner.settle()
+
     def add(self, job: Job) -> None:
         complete: list[ChoiceFinished] = []  # what they have from elsewhere is all of it
         for choice in job.choices:

@@ -22,7 +22,7 @@ class StepResult:
 
 
 class Runner(Protocol):
-    """Carries out steps. Used from one thread."""
+    """Carries out steps, one after another."""
 
     @property
     def name(self) -> str: ...
@@ -33,6 +33,10 @@ class Runner(Protocol):
     @property
     def batches_neighbours(self) -> bool:
         """Whether it is faster where running sequences lie side by side."""
+        ...
+
+    def settle(self) -> None:
+        """The thread that calls this carries out all further steps."""
         ...
 
     def execute(self, step: Step) -> StepResult:

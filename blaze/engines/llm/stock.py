@@ -90,6 +90,9 @@ class StockRunner:
         self._windows = windows(model.config)
         self.store = store
 
+    def settle(self) -> None:
+        """Any thread will do."""
+
     @torch.inference_mode()
     def execute(self, step: Step) -> StepResult:
         self.store.copy(step.copies)

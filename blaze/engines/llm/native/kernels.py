@@ -88,6 +88,7 @@ class ModelStruct(Structure):
         ("final_norm", c_void_p),
         ("head", MatrixStruct),
         ("embedding", c_void_p),
+        ("cores", c_void_p),
     )
 
 

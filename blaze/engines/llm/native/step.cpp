@@ -12,6 +12,7 @@
 
 #include <memory>
 #include <omp.h>
+#include <sched.h>
 
 extern "C" {
 
@@ -36,6 +37,7 @@ struct BlazeModel {
   const float *final_norm;
   BlazeMatrix head;
   const void *embedding; // [vocabulary][hidden], or null: the head's rows are the embeddings
+  const int64_t *cores;  // one for each thread, or null: wherever they like
 };
 
 // What comes of a step: for each of `count` rows the logits, and the first of the largest.
@@ -191,6 +193,17 @@ void run(const BlazeModel &model, const BlazeStep &step, const BlazeBuffers &buf
   });
 }
 
+// Threads that meet every few microseconds must not share a core, and the system is slow to see that they do.
+void stay_on_own_core(const BlazeModel &model) {
+  static thread_local bool placed = false;
+  if (placed || !model.cores) return;
+  placed = true;
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(model.cores[omp_get_thread_num()], &one);
+  sched_setaffinity(0, sizeof(one), &one); // where it fails, the system decides as before
+}
+
 // Inputs of the widest matrix that has to be unpacked.
 int64_t unpacked_size(const BlazeModel &model) {
   int64_t widest = model.head.scales ? model.head.inputs : 0;
@@ -212,6 +225,7 @@ void blaze_step(const BlazeModel *model, const BlazeStep *step, const BlazeBuffe
   const std::vector<int64_t> groups = groups_of(*step);
 #pragma omp parallel num_threads(step->threads) if (step->threads > 1)
   {
+    stay_on_own_core(*model);
 #pragma omp single
     team.of(omp_get_num_threads()); // which may be fewer than were asked for
     run(*model, *step, *buffers, *result, groups, unpacked, team);
