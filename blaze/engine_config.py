@@ -37,7 +37,8 @@ class LLMConfig(Settings):
     compile: bool = False  # torch.compile of the stock model
     deterministic: bool = False  # refuse to start where the batch may change the bits of an answer
     max_batch_size: PositiveInt = 32  # sequences in one step
-    max_batch_tokens: PositiveInt = 128  # tokens in one step: bounds what a long prompt costs the others
+    max_batch_tokens: PositiveInt = 512  # tokens in one step
+    prefill_chunk: PositiveInt | None = None  # of them, of prompts while others generate; None: see below
     max_model_len: PositiveInt | None = None  # tokens; None: what the model was made for
     kv_cache_memory: KVCacheMemory = 0.2  # fraction: of what is free once the weights are loaded
     prefix_caching: bool = True
@@ -49,7 +50,17 @@ class LLMConfig(Settings):
             raise ValueError(
                 f"max_batch_tokens {self.max_batch_tokens} is below max_batch_size {self.max_batch_size}"
             )
+        if self.prefill_chunk is not None and self.prefill_chunk > self.max_batch_tokens:
+            raise ValueError(
+                f"prefill_chunk {self.prefill_chunk} is above max_batch_tokens {self.max_batch_tokens}"
+            )
         return self
+
+    def prefill_chunk_on(self, device: str) -> int:
+        """A CPU takes tens of milliseconds for 128 tokens, and is no faster per token with more."""
+        if self.prefill_chunk is not None:
+            return self.prefill_chunk
+        return min(128, self.max_batch_tokens) if device == "cpu" else self.max_batch_tokens
 
 
 class DiffusionConfig(Settings):

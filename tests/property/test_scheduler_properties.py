@@ -95,13 +95,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.one_of(st.integers(1, 8), st.integers(8, 100)),
         caching=st.sampled_from([True, True, True, False]),
         compact=st.booleans(),
+        chunk=st.one_of(st.none(), st.integers(1, 8)),
     )
-    def start(self, *, tokens: int, size: int, budget: int, caching: bool, compact: bool) -> None:
+    def start(
+        self, *, tokens: int, size: int, budget: int, caching: bool, compact: bool, chunk: int | None
+    ) -> None:
         self.size, self.budget = size, budget
         self.cache = KVCache(
             tokens, longest=LONGEST, prefix_caching=caching, compact=compact, unit=UNIT, block=BLOCK
         )
-        self.scheduler = Scheduler(self.cache, max_batch_size=size, max_batch_tokens=budget)
+        self.scheduler = Scheduler(
+            self.cache, max_batch_size=size, max_batch_tokens=budget, prefill_chunk=chunk
+        )
         self.memory = Memory(self.cache.total_tokens)
 
     # What happens

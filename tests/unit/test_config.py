@@ -158,6 +158,7 @@ def test_case_27_a_cache_memory_that_is_no_number_is_told_once(memory: object) -
         ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "min_replicas"),
         ({"engine": "llm", "source": "x", "llm": {"max_batch_tokens": 16}}, "max_batch_tokens"),
         ({"engine": "llm", "source": "x", "llm": {"max_batch_size": 513}}, "max_batch_tokens"),
+        ({"engine": "llm", "source": "x", "llm": {"prefill_chunk": 513}}, "prefill_chunk"),
     ],
 )
 def test_case_27_fields_that_do_not_fit_together_are_named(fields: dict[str, Any], names: str) -> None:

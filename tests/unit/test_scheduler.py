@@ -16,10 +16,18 @@ class Bench:
     """A scheduler, and a model that yields the token 7 for everybody."""
 
     def __init__(
-        self, tokens: int = 8 * LONGEST, *, size: int = 8, budget: int = 64, prefix_caching: bool = True
+        self,
+        tokens: int = 8 * LONGEST,
+        *,
+        size: int = 8,
+        budget: int = 64,
+        chunk: int | None = None,
+        prefix_caching: bool = True,
     ) -> None:
         self.cache = KVCache(tokens, longest=LONGEST, prefix_caching=prefix_caching, unit=UNIT, block=BLOCK)
-        self.scheduler = Scheduler(self.cache, max_batch_size=size, max_batch_tokens=budget)
+        self.scheduler = Scheduler(
+            self.cache, max_batch_size=size, max_batch_tokens=budget, prefill_chunk=chunk
+        )
 
     def add(
         self, *prompt: int, leader: Sequence | None = None, priority: int = 0, generated: tuple[int, ...] = ()
@@ -104,6 +112,32 @@ def test_a_decode_does_not_wait_for_a_prompt_of_higher_rank() -> None:
     urgent = bench.add(*of(2, 20), priority=-1)
     for done in range(6):
         assert bench.step() == {decoding: (3 + done, 4 + done), urgent: (3 * done, 3 * done + 3)}
+
+
+def test_prompts_are_taken_in_smaller_chunks_while_others_generate() -> None:
+    bench = Bench(chunk=4)
+    first = bench.add(*of(1, 20))
+    assert bench.step() == {first: (0, 20)}, "nobody waits for it"
+    second = bench.add(*of(2, 10))
+    assert bench.step() == {first: (20, 21), second: (0, 4)}
+    assert bench.step() == {first: (21, 22), second: (4, 8)}
+    assert bench.step() == {first: (22, 23), second: (8, 10)}
+
+
+def test_chunks_grow_with_those_who_wait_for_their_first_token() -> None:
+    bench = Bench(size=5, chunk=4)
+    generating = [bench.add(*of(letter, 3)) for letter in (1, 2)]
+    bench.step()
+    beginning = [bench.add(*of(letter, 20)) for letter in range(3, 8)]
+    found = bench.step()
+    assert [found[sequence] for sequence in generating] == [(3, 4), (3, 4)]
+    assert {sequence: found.get(sequence) for sequence in beginning[:2]} == {
+        beginning[0]: (0, 6),  # 4 x 3 / 2: of the five, two find no place in the batch anyway
+        beginning[1]: None,
+    }
+    bench.scheduler.remove(generating[0])
+    found = bench.step()
+    assert (found[beginning[0]], found[beginning[1]]) == ((6, 20), (0, 2)), "4 x 4 / 1"
 
 
 def test_a_batch_has_a_size() -> None:

@@ -74,6 +74,7 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
             self._clock,
             max_batch_size=self._options.max_batch_size,
             max_batch_tokens=self._options.max_batch_tokens,
+            prefill_chunk=self._options.prefill_chunk_on(model.model.device.type),
             on_step=self._progress.step,
             together=self._bell.held,
         )

@@ -69,7 +69,7 @@ class StepRunner:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def settle(self) -> None:
-        """Keep each thread on a core of its own, if there are just as many: they are meant for this runner."""
+        """Keep each thread on a core of its own, if there are just as many: they are meant for it."""
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) == self._threads:
             self._model.cores = self._address(torch.tensor(cores))

@@ -42,6 +42,7 @@ class EngineLoop:
         *,
         max_batch_size: int,
         max_batch_tokens: int,
+        prefill_chunk: int | None = None,
         on_step: Callable[[], None] = lambda: None,
         together: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
@@ -52,7 +53,12 @@ class EngineLoop:
         self._clock = clock
         self._on_step = on_step
         self._together = together
-        self.scheduler = Scheduler(cache, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
+        self.scheduler = Scheduler(
+            cache,
+            max_batch_size=max_batch_size,
+            max_batch_tokens=max_batch_tokens,
+            prefill_chunk=prefill_chunk,
+        )
         self._jobs: dict[Job, None] = {}
         self._owners: dict[Sequence, tuple[Job, Choice]] = {}
         self._failed_steps = 0

@@ -51,12 +51,19 @@ def rank(arrival_s: float, priority: int, serial: int, index: int, *, aging_s: f
 
 
 class Scheduler:
-    """At most ``max_batch_size`` sequences run, at most ``max_batch_tokens`` tokens are computed a step."""
+    """At most ``max_batch_size`` sequences run, at most ``max_batch_tokens`` tokens are computed a step.
 
-    def __init__(self, cache: KVCache, *, max_batch_size: int, max_batch_tokens: int) -> None:
+    ``prefill_chunk``: of them, those of prompts while other sequences generate, which wait for them. More
+    where more sequences wait for their first token than for their next one: in proportion.
+    """
+
+    def __init__(
+        self, cache: KVCache, *, max_batch_size: int, max_batch_tokens: int, prefill_chunk: int | None = None
+    ) -> None:
         self._cache = cache
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
+        self._prefill_chunk = max_batch_tokens if prefill_chunk is None else prefill_chunk
         self._waiting: list[Sequence] = []  # both by rank
         self._running: list[Sequence] = []
         self.preemptions = 0
@@ -95,6 +102,8 @@ class Scheduler:
                 if self._make_room(sequence, sequence.num_computed + count, work):
                     work[sequence] = Work(sequence, sequence.num_computed, count)
                     budget -= count
+            if decoding:
+                budget = min(budget, self._prefill_limit(len(work)))
         if self.preemptions > preemptions and work:  # memory is short: what was just taken is not given away
             budget = 0
         for sequence in self._admitted(budget):
@@ -105,6 +114,14 @@ class Scheduler:
                 break
         # Without work, copies wait for the next step that has some: an idle engine need not look for them.
         return Step(self._cache.take_copies() if work else (), tuple(work.values()))
+
+    def _prefill_limit(self, generating: int) -> int:
+        """Tokens of prompts in this step, beside so many sequences that wait for their next token."""
+        if generating == 0:
+            return self._max_batch_tokens
+        beginning = sum(sequence.num_pending > 1 for sequence in self._running)
+        beginning += min(len(self._waiting), self._max_batch_size - len(self._running))
+        return max(self._prefill_chunk, self._prefill_chunk * beginning // generating)
 
     def computed(self, step: Step) -> None:
         """The step has been carried out."""
