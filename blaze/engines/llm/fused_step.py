@@ -83,10 +83,12 @@ class StepRunner:
         layer = self._layer
         buffers = BuffersStruct(
             hidden=self._buffer("hidden", count, self._hidden, torch.float32).data_ptr(),
-            normed=self._buffer("normed", max(count, wanted), self._hidden).data_ptr(),
+            normed=self._buffer("normed", count, self._hidden).data_ptr(),
             qkv=self._buffer("qkv", count, layer.qkv.outputs).data_ptr(),
             attended=self._buffer("attended", count, layer.output.inputs).data_ptr(),
             gated=self._buffer("gated", count, layer.down.inputs).data_ptr(),
+            last_hidden=self._buffer("last_hidden", wanted, self._hidden, torch.float32).data_ptr(),
+            last_qkv=self._buffer("last_qkv", wanted, layer.qkv.outputs).data_ptr(),
         )
         logits = self._logits(wanted)
         largest, likeliest = torch.empty(wanted), torch.empty(wanted, dtype=torch.int64)

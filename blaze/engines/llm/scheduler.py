@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from blaze.engines.llm.kv_cache import KVCache, SlotCopy
 from blaze.engines.llm.sequence import Rank, Sequence
 
+_MANY = 12  # sequences: with more of them a step takes long anyway, and prompts may take as much longer
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -53,8 +55,8 @@ def rank(arrival_s: float, priority: int, serial: int, index: int, *, aging_s: f
 class Scheduler:
     """At most ``max_batch_size`` sequences run, at most ``max_batch_tokens`` tokens are computed a step.
 
-    ``prefill_chunk``: of them, those of prompts while other sequences generate, which wait for them. More
-    where more sequences wait for their first token than for their next one: in proportion.
+    ``prefill_chunk``: of them, those of prompts while other sequences generate, which wait for it. More in
+    proportion where more sequences wait for their first token than for their next, or where many generate.
     """
 
     def __init__(
@@ -121,7 +123,11 @@ class Scheduler:
             return self._max_batch_tokens
         beginning = sum(sequence.num_pending > 1 for sequence in self._running)
         beginning += min(len(self._waiting), self._max_batch_size - len(self._running))
-        return max(self._prefill_chunk, self._prefill_chunk * beginning // generating)
+        return (
+            self._prefill_chunk
+            * max(generating * generating, beginning * _MANY, generating * _MANY)
+            // (generating * _MANY)
+        )
 
     def computed(self, step: Step) -> None:
         """The step has been carried out."""

@@ -113,6 +113,8 @@ class BuffersStruct(Structure):
         ("qkv", c_void_p),
         ("attended", c_void_p),
         ("gated", c_void_p),
+        ("last_hidden", c_void_p),
+        ("last_qkv", c_void_p),
     )
 
 

@@ -49,12 +49,14 @@ struct BlazeResult {
   int64_t *likeliest;  // [count]
 };
 
-struct BlazeBuffers { // [rows] of each; of `normed` as many as the most of rows and results
+struct BlazeBuffers { // [rows] of each, unless they are of the results
   float *hidden;      // [hidden]
   void *normed;       // [hidden]
   void *qkv;
   void *attended;
-  void *gated; // [inner]
+  void *gated;        // [inner]
+  float *last_hidden; // of each result
+  void *last_qkv;
 };
 
 } // extern "C"
@@ -147,51 +149,98 @@ void find_largest(const BFloat *logits, int64_t count, float *largest, int64_t *
   *likeliest = i < count ? i : 0;
 }
 
-void run(const BlazeModel &model, const BlazeStep &step, const BlazeBuffers &buffers, const BlazeResult &result,
-         const std::vector<int64_t> &groups, int64_t unpacked, Team &team) {
-  Scratch scratch{std::unique_ptr<float[]>(new float[scores_size(step)]),
-                  std::unique_ptr<BFloat[]>(unpacked ? new BFloat[unpacked] : nullptr)};
-  const int64_t rows = step.rows, hidden = model.hidden;
-  BFloat *normed = (BFloat *)buffers.normed, *qkv = (BFloat *)buffers.qkv;
-  BFloat *attended = (BFloat *)buffers.attended, *gated = (BFloat *)buffers.gated;
-  const int64_t parts = rows < kParts ? rows : kParts;
-  auto each_row = [&](const auto &row) {
-    team.each(parts, [&](int64_t part, int64_t) {
+// The rows of which something is wanted, as a step of their own: the others are done when their keys and
+// values are kept in the last layer.
+struct Last {
+  std::vector<int64_t> start, capacity, position;
+  BlazeStep step;
+  std::vector<int64_t> groups;
+
+  Last(const BlazeStep &whole, const BlazeResult &result) : step(whole) {
+    for (int64_t i = 0; i < result.count; i++) {
+      const int64_t row = result.rows[i];
+      start.push_back(whole.start[row]);
+      capacity.push_back(whole.capacity[row]);
+      position.push_back(whole.position[row]);
+    }
+    step.rows = result.count;
+    step.start = start.data();
+    step.capacity = capacity.data();
+    step.position = position.data();
+    groups = groups_of(step);
+  }
+};
+
+// What one thread of the team does.
+class Run {
+public:
+  Run(const BlazeModel &model, const BlazeBuffers &buffers, int64_t scores, int64_t unpacked, Team &team)
+      : model_(model), team_(team), normed_((BFloat *)buffers.normed), attended_((BFloat *)buffers.attended),
+        gated_((BFloat *)buffers.gated), scratch_{std::unique_ptr<float[]>(new float[scores]),
+                                                  std::unique_ptr<BFloat[]>(unpacked ? new BFloat[unpacked] : nullptr)} {}
+
+  void all(const BlazeStep &step, const std::vector<int64_t> &groups, const Last &last, const BlazeBuffers &buffers,
+           const BlazeResult &result) {
+    const int64_t hidden = model_.hidden;
+    BFloat *qkv = (BFloat *)buffers.qkv, *last_qkv = (BFloat *)buffers.last_qkv;
+    each_row(step.rows, [&](int64_t row) { embed(model_, step.id[row], buffers.hidden + row * hidden); });
+    for (const BlazeLayer *layer = model_.layer; layer < model_.layer + model_.layers; layer++) {
+      norm(buffers.hidden, step.rows, layer->input_norm);
+      store_all(team_, scratch_, layer->qkv, normed_, step.rows, qkv);
+      // A chunk's rows see each other's keys: all are written before any is read.
+      each_row(step.rows, [&](int64_t row) {
+        keep(step, layer->heads, row, qkv, (BFloat *)layer->keys, (BFloat *)layer->values);
+      });
+      if (layer + 1 < model_.layer + model_.layers) finish(*layer, step, groups, qkv, buffers.hidden);
+    }
+    const BlazeLayer &layer = model_.layer[model_.layers - 1];
+    const int64_t width = layer.qkv.outputs;
+    each_row(result.count, [&](int64_t i) {
+      std::memcpy(last_qkv + i * width, qkv + result.rows[i] * width, width * sizeof(BFloat));
+      std::memcpy(buffers.last_hidden + i * hidden, buffers.hidden + result.rows[i] * hidden, hidden * sizeof(float));
+    });
+    finish(layer, last.step, last.groups, last_qkv, buffers.last_hidden);
+    norm(buffers.last_hidden, result.count, model_.final_norm);
+    BFloat *logits = (BFloat *)result.logits;
+    store_all(team_, scratch_, model_.head, normed_, result.count, logits);
+    each_row(result.count, [&](int64_t i) {
+      const BFloat *row = logits + i * model_.head.outputs;
+      find_largest(row, model_.head.outputs, result.largest + i, result.likeliest + i);
+    });
+  }
+
+private:
+  // Attention and what comes after it.
+  void finish(const BlazeLayer &layer, const BlazeStep &step, const std::vector<int64_t> &groups, const BFloat *qkv,
+              float *hidden) {
+    const BFloat *keys = (const BFloat *)layer.keys, *values = (const BFloat *)layer.values;
+    team_.each((int64_t(groups.size()) - 1) * layer.heads.keys, [&](int64_t item, int64_t next) {
+      attend(step, groups, layer.heads, item, next, qkv, keys, values, scratch_.scores.get(), attended_);
+    });
+    add_all(team_, scratch_, layer.output, attended_, step.rows, hidden);
+    norm(hidden, step.rows, layer.mlp_norm);
+    gate_all(team_, scratch_, layer.gate_up, normed_, step.rows, layer.down.inputs, gated_);
+    add_all(team_, scratch_, layer.down, gated_, step.rows, hidden);
+  }
+
+  void norm(const float *hidden, int64_t rows, const float *weight) {
+    each_row(rows, [&](int64_t row) {
+      rms_norm(hidden + row * model_.hidden, model_.hidden, model_.eps, weight, normed_ + row * model_.hidden);
+    });
+  }
+
+  template <typename Do> void each_row(int64_t rows, const Do &row) {
+    const int64_t parts = rows < kParts ? rows : kParts;
+    team_.each(parts, [&](int64_t part, int64_t) {
       for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; i++) row(i);
     });
-  };
-  auto norm_all = [&](const float *weight) {
-    each_row([&](int64_t row) {
-      rms_norm(buffers.hidden + row * hidden, hidden, model.eps, weight, normed + row * hidden);
-    });
-  };
-  each_row([&](int64_t row) { embed(model, step.id[row], buffers.hidden + row * hidden); });
-  for (const BlazeLayer *layer = model.layer; layer < model.layer + model.layers; layer++) {
-    BFloat *keys = (BFloat *)layer->keys, *values = (BFloat *)layer->values;
-    const int64_t items = (int64_t(groups.size()) - 1) * layer->heads.keys;
-    norm_all(layer->input_norm);
-    store_all(team, scratch, layer->qkv, normed, rows, qkv);
-    // A chunk's rows see each other's keys: all are written before any is read.
-    each_row([&](int64_t row) { keep(step, layer->heads, row, qkv, keys, values); });
-    team.each(items, [&](int64_t item, int64_t next) {
-      attend(step, groups, layer->heads, item, next, qkv, keys, values, scratch.scores.get(), attended);
-    });
-    add_all(team, scratch, layer->output, attended, rows, buffers.hidden);
-    norm_all(layer->mlp_norm);
-    gate_all(team, scratch, layer->gate_up, normed, rows, layer->down.inputs, gated);
-    add_all(team, scratch, layer->down, gated, rows, buffers.hidden);
   }
-  team.each(result.count, [&](int64_t i, int64_t) {
-    const float *last = buffers.hidden + result.rows[i] * hidden;
-    rms_norm(last, hidden, model.eps, model.final_norm, normed + i * hidden);
-  });
-  BFloat *logits = (BFloat *)result.logits;
-  store_all(team, scratch, model.head, normed, result.count, logits);
-  team.each(result.count, [&](int64_t i, int64_t) {
-    const BFloat *row = logits + i * model.head.outputs;
-    find_largest(row, model.head.outputs, result.largest + i, result.likeliest + i);
-  });
-}
+
+  const BlazeModel &model_;
+  Team &team_;
+  BFloat *normed_, *attended_, *gated_;
+  Scratch scratch_;
+};
 
 // Threads that meet every few microseconds must not share a core, and the system is slow to see that they do.
 void stay_on_own_core(const BlazeModel &model) {
@@ -223,12 +272,13 @@ void blaze_step(const BlazeModel *model, const BlazeStep *step, const BlazeBuffe
   Team team;
   const int64_t unpacked = unpacked_size(*model);
   const std::vector<int64_t> groups = groups_of(*step);
+  const Last last(*step, *result);
 #pragma omp parallel num_threads(step->threads) if (step->threads > 1)
   {
     stay_on_own_core(*model);
 #pragma omp single
     team.of(omp_get_num_threads()); // which may be fewer than were asked for
-    run(*model, *step, *buffers, *result, groups, unpacked, team);
+    Run(*model, *buffers, scores_size(*step), unpacked, team).all(*step, groups, last, *buffers, *result);
   }
 }
 

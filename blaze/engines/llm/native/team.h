@@ -4,7 +4,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <sched.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,7 +14,6 @@ namespace {
 // Between phases there are microseconds, so a thread that is early spins; but not for long, for it may be
 // waiting for one whose core somebody else has taken, and then its own is better given away too.
 constexpr int kSpins = 1000;
-constexpr int kYields = 3000;
 
 class Team {
 public:
@@ -49,10 +47,6 @@ private:
 #if defined(__x86_64__)
       _mm_pause();
 #endif
-    }
-    for (int turn = 0; turn < kYields; turn++) {
-      sched_yield();
-      if (phase_.load(std::memory_order_acquire) != phase) return;
     }
     phase_.wait(phase, std::memory_order_acquire);
   }
