@@ -100,7 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(
         self, *, tokens: int, size: int, budget: int, caching: bool, compact: bool, chunk: int | None
     ) -> None:
-        self.size, self.budget = size, budget
+        self.size, self.budget, self.chunk = size, budget, chunk
         self.cache = KVCache(
             tokens, longest=LONGEST, prefix_caching=caching, compact=compact, unit=UNIT, block=BLOCK
         )
@@ -264,8 +264,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             staying = [sequence for sequence in ran if sequence.slot is not None]
             assert all(stays.rank < gone.rank for stays in staying for gone in preempted)
         self.check_order(admitted)
+        prompts = sum(work.count for work in step.work if work.sequence not in decoding)
+        generating = sum(work.sequence in decoding for work in step.work)
+        left = self.budget - prompts - generating
+        if self.chunk is not None and generating:
+            waiting = len(waited) + sum(sequence not in decoding for sequence in ran)
+            assert prompts <= self.chunk * max(1, waiting / generating)
+            left = min(left, self.chunk - prompts)  # more may be allowed, and this much has to be used
         if not preempted and not again:
-            self.check_nobody_waits_for_nothing(step)
+            self.check_nobody_waits_for_nothing(left)
         return step
 
     # What always holds
@@ -306,10 +313,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             overtaken = any(early.rank < late.rank for late in admitted)
             assert not overtaken or waits_for_its_leader(early), "somebody was overtaken"
 
-    def check_nobody_waits_for_nothing(self, step: Step) -> None:
-        left = self.budget - sum(work.count for work in step.work)
+    def check_nobody_waits_for_nothing(self, left: int) -> None:
         ready = [sequence for sequence in self.waiting if not waits_for_its_leader(sequence)]
-        if not ready or not left or len(self.running) == self.size:
+        if not ready or left <= 0 or len(self.running) == self.size:
             return
         needed = min(len(ready[0].token_ids) + 1, LONGEST)
         capacity = next(size for size in SIZES if size >= needed)
