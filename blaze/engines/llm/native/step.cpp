@@ -247,9 +247,11 @@ void stay_on_own_core(const BlazeModel &model) {
   static thread_local bool placed = false;
   if (placed || !model.cores) return;
   placed = true;
+  const int64_t core = model.cores[omp_get_thread_num()];
+  if (core >= CPU_SETSIZE) return;
   cpu_set_t one;
   CPU_ZERO(&one);
-  CPU_SET(model.cores[omp_get_thread_num()], &one);
+  CPU_SET(core, &one);
   sched_setaffinity(0, sizeof(one), &one); // where it fails, the system decides as before
 }
 
