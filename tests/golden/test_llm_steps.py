@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from blaze.config import cache_dir
 from blaze.engine_config import LLMConfig
 from blaze.engines.llm.fused_step import StepRunner
 from blaze.engines.llm.loading import load
@@ -55,7 +56,7 @@ def _load(folder: Path, **options: Any) -> StepRunner:
         **{"dtype": "bfloat16", "runner": "fused", "max_model_len": CONTEXT, "kv_cache_memory": 2**24}
         | options
     )
-    runner = load(FolderSource(folder), config, 2, folder).runner
+    runner = load(FolderSource(folder), config, 2, cache_dir()).runner
     assert isinstance(runner, StepRunner)
     return runner
 
