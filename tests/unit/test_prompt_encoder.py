@@ -36,6 +36,11 @@ def test_text_tokens_and_messages_become_ids() -> None:
     assert encode("ab") == (ord(">"), 97, 98)
 
 
+def test_a_token_without_an_embedding_is_refused_though_the_tokenizer_knows_it() -> None:
+    assert refusal(TextPrompt("a\u00e9")).param == "prompt"
+    assert refusal(ChatPrompt((ChatMessage("user", "\u00e9"),))).param == "messages"
+
+
 def test_half_a_character_is_refused() -> None:
     assert refusal(TextPrompt("a\ud800")).param == "prompt"
 

@@ -103,7 +103,7 @@ def _zeros(rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> tor
         return torch.zeros(rows, dim, dtype=dtype, device=device)
     # The system's own noughts: memory that is not written takes no place. In small pages, for the first token
     # of a slot touches a page of every layer, and large ones would stop the step to be cleared.
-    memory = mmap.mmap(-1, rows * dim * dtype.itemsize)
+    memory = mmap.mmap(-1, rows * dim * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(rows, dim)

@@ -39,6 +39,8 @@ class PromptEncoder:
         if not ids:
             raise InvalidRequest("The prompt is empty.", param=param)
         requested = sampling.min_tokens or None if sampling.max_tokens is None else sampling.max_tokens
+        # A tokenizer may know tokens that the model has no embedding for: added ones, written into a text.
+        self._check_known(ids, param)
         if len(ids) + (1 if requested is None else requested) > self._max_model_len:
             raise ContextLengthExceeded(
                 limit=self._max_model_len, prompt_tokens=len(ids), requested_tokens=requested, param=param
@@ -58,7 +60,6 @@ class PromptEncoder:
         if isinstance(prompt, TextPrompt):
             _check_encodable(prompt.text)
             return tuple(self._tokenizer(prompt.text)["input_ids"])
-        self._check_known(prompt.token_ids, "prompt")
         return prompt.token_ids
 
     def _chat_ids(self, prompt: ChatPrompt) -> tuple[TokenId, ...]:

@@ -38,7 +38,7 @@ private:
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
       arrived_.store(0, std::memory_order_relaxed);
       next_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
+      phase_.store(phase + 1, std::memory_order_seq_cst); // before notify looks for who sleeps
       phase_.notify_all();
       return;
     }
