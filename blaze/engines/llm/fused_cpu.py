@@ -9,7 +9,7 @@ import torch
 from blaze.engines.llm.fused_model import FusedModel
 from blaze.engines.llm.kv_store import KVStore
 from blaze.engines.llm.linear import Linear
-from blaze.engines.llm.native.kernels import HeadsStruct, Kernels, StepStruct, pointer
+from blaze.engines.llm.native.kernels import Kernels, StepStruct, heads_struct, pointer, step_struct
 from blaze.engines.llm.step_rows import StepRows
 
 
@@ -25,17 +25,11 @@ class NativeOperations:
         norms = [norm for layer in model.layers for norm in (layer.input_norm, layer.mlp_norm)]
         self._norms = {id(norm): self._address(norm) for norm in (*norms, model.final_norm)}
         self._structures = [
-            HeadsStruct(
-                queries=layer.heads.queries,
-                keys=layer.heads.keys,
-                dim=layer.heads.dim,
-                window=layer.heads.window or 0,
-                scale=layer.heads.scale,
-                eps=layer.heads.eps,
-                cos=self._address(model.cos),
-                sin=self._address(model.sin),
-                q_norm=self._address(layer.heads.q_norm),
-                k_norm=self._address(layer.heads.k_norm),
+            heads_struct(
+                layer.heads,
+                self._address(model.cos),
+                self._address(model.sin),
+                (self._address(layer.heads.q_norm), self._address(layer.heads.k_norm)),
             )
             for layer in model.layers
         ]
@@ -58,17 +52,7 @@ class NativeOperations:
 
     def begin(self, rows: StepRows) -> None:
         self._rows = rows
-        count = rows.ids.shape[0]
-        self._step = pointer(
-            StepStruct(
-                rows=count,
-                threads=self._threads,
-                longest=rows.longest,
-                start=rows.starts.data_ptr(),
-                capacity=rows.capacities.data_ptr(),
-                position=rows.positions.data_ptr(),
-            )
-        )
+        self._step = pointer(step_struct(rows, self._threads))
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out, address = self._scratch("norm", x.shape[0], x.shape[1], x.dtype)

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 
-from blaze.engines.llm.kv_store import LayerShape
-
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
@@ -65,10 +63,6 @@ class FusedModel(Generic[LinearT]):
     cos: torch.Tensor  # float32 [positions, dim]
     sin: torch.Tensor
     tied: bool  # the head is the embedding
-
-    @property
-    def shapes(self) -> tuple[LayerShape, ...]:
-        return tuple(LayerShape(layer.heads.keys, layer.heads.dim, layer.heads.dim) for layer in self.layers)
 
 
 def why_not_fused(model: PreTrainedModel) -> str | None:

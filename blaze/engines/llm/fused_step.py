@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blaze.engines.llm.fused_model import FusedModel, Heads, Layer
+from blaze.engines.llm.fused_model import FusedModel, Layer
 from blaze.engines.llm.greedy import Largest
 from blaze.engines.llm.kv_store import KVStore
 from blaze.engines.llm.native.kernels import (
     BuffersStruct,
-    HeadsStruct,
     LayerStruct,
     MatrixStruct,
     ModelStruct,
     ResultStruct,
-    StepStruct,
+    heads_struct,
     step_function,
+    step_struct,
 )
 from blaze.engines.llm.panels import Panels
 from blaze.engines.llm.runner import StepResult
@@ -94,17 +94,7 @@ class StepRunner:
         largest, likeliest = torch.empty(wanted), torch.empty(wanted, dtype=torch.int64)
         self._run(
             byref(self._model),
-            byref(
-                StepStruct(
-                    rows=count,
-                    threads=self._threads,
-                    longest=rows.longest,
-                    start=rows.starts.data_ptr(),
-                    capacity=rows.capacities.data_ptr(),
-                    position=rows.positions.data_ptr(),
-                    id=rows.ids.data_ptr(),
-                )
-            ),
+            byref(step_struct(rows, self._threads)),
             byref(buffers),
             byref(
                 ResultStruct(
@@ -133,7 +123,12 @@ class StepRunner:
     def _layer_struct(self, index: int, layer: Layer[Panels], model: FusedModel[Panels]) -> LayerStruct:
         keys, values = self.store.rows(index)
         return LayerStruct(
-            heads=self._heads(layer.heads, model),
+            heads=heads_struct(
+                layer.heads,
+                self._float(model.cos),
+                self._float(model.sin),
+                (self._float(layer.heads.q_norm), self._float(layer.heads.k_norm)),
+            ),
             input_norm=self._float(layer.input_norm),
             mlp_norm=self._float(layer.mlp_norm),
             qkv=self._matrix(layer.qkv),
@@ -142,20 +137,6 @@ class StepRunner:
             down=self._matrix(layer.down),
             keys=keys.data_ptr(),
             values=values.data_ptr(),
-        )
-
-    def _heads(self, heads: Heads, model: FusedModel[Panels]) -> HeadsStruct:
-        return HeadsStruct(
-            queries=heads.queries,
-            keys=heads.keys,
-            dim=heads.dim,
-            window=heads.window or 0,
-            scale=heads.scale,
-            eps=heads.eps,
-            cos=self._float(model.cos),
-            sin=self._float(model.sin),
-            q_norm=self._float(heads.q_norm),
-            k_norm=self._float(heads.k_norm),
         )
 
     def _matrix(self, panels: Panels) -> MatrixStruct:

@@ -1,7 +1,7 @@
 """The compiled kernels as Python sees them: addresses in, nothing out.
 
 A call costs about two microseconds and lets go of the interpreter lock. Nothing is checked down there:
-shapes, types and layouts are the caller's duty (:mod:`blaze.engines.llm.fused_cpu`).
+shapes, types and layouts are the caller's duty (:mod:`blaze.engines.llm.fused_cpu` and :mod:`blaze.engines.llm.fused_step`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 
+from blaze.engines.llm.fused_model import Heads
+from blaze.engines.llm.step_rows import StepRows
+
 MAX_HEAD_DIM = 256
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 class StepStruct(Structure):
-    """``BlazeStep`` of kernels.cpp."""
+    """``BlazeStep`` of attention.h."""
 
     _fields_ = (
         ("rows", c_int64),
@@ -33,7 +36,7 @@ class StepStruct(Structure):
 
 
 class HeadsStruct(Structure):
-    """``BlazeHeads`` of kernels.cpp."""
+    """``BlazeHeads`` of attention.h."""
 
     _fields_ = (
         ("queries", c_int64),
@@ -155,6 +158,38 @@ class Kernels:
     @staticmethod
     def serve(dtype: torch.dtype, head_dim: int) -> bool:
         return dtype in _SUFFIX and head_dim % 16 == 0 and head_dim <= MAX_HEAD_DIM
+
+
+def step_struct(rows: StepRows, threads: int) -> StepStruct:
+    """Points into ``rows``, which must outlive it."""
+    return StepStruct(
+        rows=rows.ids.shape[0],
+        threads=threads,
+        longest=rows.longest,
+        start=rows.starts.data_ptr(),
+        capacity=rows.capacities.data_ptr(),
+        position=rows.positions.data_ptr(),
+        id=rows.ids.data_ptr(),
+    )
+
+
+def heads_struct(
+    heads: Heads, cos: int | None, sin: int | None, norms: tuple[int | None, int | None]
+) -> HeadsStruct:
+    """``cos``, ``sin`` and ``norms`` (of queries and keys) are addresses of float32."""
+    q_norm, k_norm = norms
+    return HeadsStruct(
+        queries=heads.queries,
+        keys=heads.keys,
+        dim=heads.dim,
+        window=heads.window or 0,
+        scale=heads.scale,
+        eps=heads.eps,
+        cos=cos,
+        sin=sin,
+        q_norm=q_norm,
+        k_norm=k_norm,
+    )
 
 
 def pointer(structure: Structure) -> Any:
