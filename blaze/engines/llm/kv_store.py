@@ -67,7 +67,7 @@ class KVStore:
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         for copy in copies:
-            # Whole blocks: inside one, keys may lie in any order (see native/attention.h).
+            # Whole blocks: inside one, keys may lie in any order (see native/kv_layout.h).
             length = -(-copy.length // BLOCK) * BLOCK
             for source, target in zip(self._parts(copy.source), self._parts(copy.target), strict=True):
                 target[..., :length, :].copy_(source[..., :length, :])

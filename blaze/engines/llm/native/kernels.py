@@ -1,7 +1,7 @@
 """The compiled kernels as Python sees them: addresses in, nothing out.
 
 A call costs about two microseconds and lets go of the interpreter lock. Nothing is checked down there:
-shapes, types and layouts are the caller's duty (:mod:`blaze.engines.llm.fused_cpu` and :mod:`blaze.engines.llm.fused_step`).
+shapes, types and layouts are the caller's duty (``fused_cpu.py`` and ``fused_step.py``).
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@
 #include "attention.h"
 #include "matrix.h"
 #include "rows.h"
-#include "team.h"
 
 #ifdef BF16_DOT
+
+#include "team.h"
 
 #include <memory>
 #include <omp.h>
