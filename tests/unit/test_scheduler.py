@@ -140,6 +140,25 @@ def test_chunks_grow_with_those_who_wait_for_their_first_token() -> None:
     assert (found[beginning[0]], found[beginning[1]]) == ((6, 20), (0, 2)), "4 x 4 / 1"
 
 
+def test_choices_that_wait_for_their_prompt_do_not_make_chunks_grow() -> None:
+    bench = Bench(chunk=4)
+    generating = bench.add(*of(1, 3))
+    bench.step()
+    leader = bench.add(*of(2, 20))
+    for _ in range(3):
+        bench.add(*of(2, 20), leader=leader)
+    assert bench.step() == {generating: (3, 4), leader: (0, 4)}
+
+
+def test_chunks_grow_with_those_who_generate() -> None:
+    bench = Bench(size=31, chunk=4)
+    for letter in range(1, 31):
+        bench.add(*of(letter, 2))
+    bench.step()
+    late = bench.add(*of(40, 20))
+    assert bench.step()[late] == (0, 10), "4 x 30 / 12"
+
+
 def test_a_batch_has_a_size() -> None:
     bench = Bench(size=2)
     first, second, third = (bench.add(*of(letter, 3)) for letter in (1, 2, 3))

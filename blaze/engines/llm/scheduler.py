@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import filterfalse, islice
 
 from blaze.engines.llm.kv_cache import KVCache, SlotCopy
 from blaze.engines.llm.sequence import Rank, Sequence
@@ -122,12 +123,11 @@ class Scheduler:
         if generating == 0:
             return self._max_batch_tokens
         beginning = sum(sequence.num_pending > 1 for sequence in self._running)
-        beginning += min(len(self._waiting), self._max_batch_size - len(self._running))
-        return (
-            self._prefill_chunk
-            * max(generating * generating, beginning * _MANY, generating * _MANY)
-            // (generating * _MANY)
-        )
+        places = self._max_batch_size - len(self._running)
+        beginning += sum(1 for _ in islice(filterfalse(_has_to_wait_for_leader, self._waiting), places))
+        by_those_who_wait = self._prefill_chunk * beginning // generating
+        by_those_who_generate = self._prefill_chunk * generating // _MANY
+        return max(self._prefill_chunk, by_those_who_wait, by_those_who_generate)
 
     def computed(self, step: Step) -> None:
         """The step has been carried out."""
@@ -173,6 +173,11 @@ def _better_later(sequence: Sequence) -> bool:
     """Its prompt is just being computed for another choice: soon it can be shared."""
     leader = sequence.leader
     return leader is not None and leader.slot is not None and leader.num_computed < leader.prompt_len
+
+
+def _has_to_wait_for_leader(sequence: Sequence) -> bool:
+    """Its prompt is still to be computed, and for another choice."""
+    return sequence.leader is not None and sequence.leader.num_generated == 0
 
 
 def _by_rank(sequence: Sequence) -> Rank:
