@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from blaze.config import cache_dir
 from blaze.engine_config import LLMConfig
 from blaze.engines.llm.engine import LLMEngine
+from blaze.engines.llm.native.build import library
+from blaze.engines.llm.native.kernels import step_function
 from blaze.models.cache import local_model
 from blaze.models.sources import ModelSource, parse_source
 from blaze.sampling_params import SamplingParams
@@ -93,6 +96,13 @@ def running(source: ModelSource = SMOLLM2, **options: Any) -> Iterator[LLMEngine
         yield engine
     finally:
         asyncio.run(engine.stop())
+
+
+@cache
+def runs_steps() -> bool:
+    """Whether this machine serves bfloat16 by compiled steps: a compiler, a bf16 dot product, no AMX."""
+    built = library(cache_dir())
+    return built is not None and step_function(built) is not None and not torch.cpu._is_amx_tile_supported()
 
 
 def without(patch: pytest.MonkeyPatch, what: Literal["library", "steps"]) -> None:
