@@ -165,7 +165,7 @@ class ModelConfig(Settings):
         if chosen is not None:
             return chosen
         cpus = int(self.resources.num_cpus)
-        return cpus if cpus >= 1 else (os.cpu_count() or 1)
+        return cpus if cpus >= 1 else _cores_at_hand()
 
 
 class BlazeConfig(Settings):
@@ -245,6 +245,13 @@ def blaze_application(serve_config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(application, dict) and application.get("import_path") == APP_IMPORT_PATH:
             return application
     raise ConfigError(f"applications: none has import_path {APP_IMPORT_PATH!r}")
+
+
+def _cores_at_hand() -> int:
+    """Those that this process may run on: in a container often fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cache_dir() -> Path:

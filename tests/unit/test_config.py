@@ -323,3 +323,13 @@ def test_the_state_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     assert state_dir() == Path("/home/somebody/.local/state/blaze")
     monkeypatch.setenv("XDG_STATE_HOME", "/run/state")
     assert state_dir() == Path("/run/state/blaze")
+
+
+def test_math_threads_are_no_more_than_the_cores_that_the_process_may_run_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5, 8})
+    model = ModelConfig.model_validate(
+        {"name": "m", "engine": "llm", "source": "x", "resources": {"num_cpus": 0.5}}
+    )
+    assert model.threads == 3
