@@ -329,7 +329,4 @@ def test_math_threads_are_no_more_than_the_cores_that_the_process_may_run_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5, 8})
-    model = ModelConfig.model_validate(
-        {"name": "m", "engine": "llm", "source": "x", "resources": {"num_cpus": 0.5}}
-    )
-    assert model.threads == 3
+    assert parse_model(engine="llm", source="x", resources={"num_cpus": 0.5}).models[1].threads == 3
