@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from blaze.engines.channel import EventChannel
+from blaze.engines.channel import Bell, EventChannel
 from blaze.errors import EngineFailure
 from blaze.types import Event, Failed, Finished, Progress, Usage
 from tests.samples import collect
@@ -117,3 +117,49 @@ async def test_the_loop_is_woken_once_for_many_events() -> None:
     channel.put(FINISHED)
     await reading
     assert batches == [tuple(steps(0, 50)), (FINISHED,)]
+
+
+async def test_the_readers_of_many_channels_are_woken_by_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    calls: list[object] = []
+    wake = loop.call_soon_threadsafe
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: (calls.append(call), wake(*call))[1])
+    bell = Bell()
+    channels = [EventChannel(bell) for _ in range(3)]
+    with bell.held():
+        for channel in channels:
+            channel.put(*steps(0, 2))
+        assert not calls
+    assert len(calls) == 1
+    assert [await anext(channel) for channel in channels] == [tuple(steps(0, 2))] * 3
+    channels[0].put(FINISHED)  # no longer held: at once
+    assert len(calls) == 2
+    assert await anext(channels[0]) == (FINISHED,)
+
+
+async def test_what_was_held_is_announced_though_the_step_fails() -> None:
+    bell = Bell()
+    channel = EventChannel(bell)
+    with pytest.raises(RuntimeError), bell.held():
+        channel.put(FINISHED)
+        raise RuntimeError("the step")
+    assert await anext(channel) == (FINISHED,)
+
+
+def test_a_reader_whose_loop_is_gone_does_not_keep_the_others_waiting() -> None:
+    bell = Bell()
+
+    async def make() -> EventChannel:
+        return EventChannel(bell)
+
+    gone = asyncio.run(make())
+
+    async def read() -> tuple[Event, ...]:
+        channel = EventChannel(bell)
+        with bell.held():
+            gone.put(*steps(0, 1))
+            channel.put(FINISHED)
+        return await anext(channel)
+
+    assert asyncio.run(read()) == (FINISHED,)
+    assert gone.abandoned
