@@ -97,7 +97,8 @@ class ScriptedRunner:
     def settle(self) -> None:
         pass
 
-    def execute(self, step: Step) -> StepResult:
+    def execute(self, step: Step, launching: Callable[[], None] = lambda: None) -> StepResult:
+        launching()
         self.before_step()
         yielding = [work for work in step.work if work.yields_token]
         self.batch_sizes.append(len(yielding))

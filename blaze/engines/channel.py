@@ -22,21 +22,22 @@ class Bell:
 
     @contextmanager
     def held(self) -> Generator[None]:
-        """What is put meanwhile, by this thread or others, is announced at the end, all at once."""
+        """What is put meanwhile, by any thread, is announced at the end, or at the next ``ring``."""
         self._held = True
         try:
             yield
         finally:
             self._held = False
-            self._ring()
+            self.ring()
 
     def announce(self, channel: EventChannel) -> None:
         with self._lock:
             self._waiting.append(channel)
         if not self._held:
-            self._ring()
+            self.ring()
 
-    def _ring(self) -> None:
+    def ring(self) -> None:
+        """Wake whoever has something to read."""
         with self._lock:
             waiting, self._waiting = self._waiting, []
         by_loop: defaultdict[asyncio.AbstractEventLoop, list[EventChannel]] = defaultdict(list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from blaze.config import cache_dir
 from blaze.engine_config import LLMConfig
 from blaze.engines.llm.fused_step import StepRunner
 from blaze.engines.llm.loading import load
+from blaze.engines.llm.native.build import library
+from blaze.engines.llm.native.kernels import items_overtaken
 from blaze.engines.llm.scheduler import Step, Work
 from blaze.engines.llm.sequence import Sequence
 from blaze.engines.llm.slots import Slot
@@ -143,6 +146,22 @@ def test_threads_do_not_matter(threads: int, tmp_path: Path) -> None:
     two = _logits(runner, _prompts(), chunk=20)
     runner._threads = threads
     assert all(map(torch.equal, _logits(runner, _prompts(), chunk=20), two))
+
+
+def test_items_that_are_taken_over_have_the_same_bits(tmp_path: Path) -> None:
+    """More threads than cores: some lose theirs in the middle of an item, and others do it for them."""
+    save(tmp_path, CASES["llama"])
+    runner = _load(tmp_path)
+    right = _logits(runner, _prompts(), chunk=20)
+    built = library(cache_dir())
+    assert built is not None
+    before = items_overtaken(built)
+    runner._threads = 4 * (os.cpu_count() or 1)
+    for _ in range(50):
+        assert all(map(torch.equal, _logits(runner, _prompts(), chunk=20), right))
+        if items_overtaken(built) - before > 100:
+            return
+    pytest.fail(f"only {items_overtaken(built) - before} items were taken over")
 
 
 def test_a_sequence_whose_numbers_are_none_leaves_the_others_alone(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
             max_batch_tokens=self._options.max_batch_tokens,
             prefill_chunk=self._options.prefill_chunk_on(model.model.device.type),
             on_step=self._progress.step,
-            together=self._bell.held,
+            launching=self._bell.ring,
         )
         return _Loaded(served, encoder, loop)
 
@@ -140,7 +140,12 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
     # --- The compute thread ------------------------------------------------------------------------
 
     def _work(self, loaded: _Loaded) -> None:
-        loop = loaded.loop
+        """News of a step is announced while the next one is computed: an event loop that woke up earlier
+        would take the interpreter away from its preparation."""
+        with self._bell.held():
+            self._serve_jobs(loaded.loop)
+
+    def _serve_jobs(self, loop: EngineLoop) -> None:
         loop.settle()
         end: BlazeError = ReplicaStopping("The replica is shutting down.")
         try:
@@ -158,8 +163,11 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
 
     def _take_new(self, loop: EngineLoop) -> None:
         """All that wait; when there is nothing else to do, wait for one."""
+        idle = loop.num_jobs == 0
+        if idle:
+            self._bell.ring()
         try:
-            job = self._waiting.get(block=loop.num_jobs == 0)
+            job = self._waiting.get(block=idle)
             while job is not None:
                 loop.add(job)
                 job = self._waiting.get_nowait()

@@ -7,6 +7,7 @@ and prompt chunks of any sequences - go through each matrix together.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -66,11 +67,12 @@ class FusedRunner:
         """Any thread will do."""
 
     @torch.inference_mode()
-    def execute(self, step: Step) -> StepResult:
+    def execute(self, step: Step, launching: Callable[[], None] = lambda: None) -> StepResult:
         self.store.copy(step.copies)
         model, operations = self._model, self._operations
         rows = StepRows.of(step, model.embedding.device)
         operations.begin(rows)
+        launching()
         x = F.embedding(rows.ids, model.embedding)
         if self._two_rows and x.shape[0] == 1:
             x = x.expand(2, -1).contiguous()

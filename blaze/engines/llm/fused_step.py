@@ -6,7 +6,8 @@ So the interpreter is free for the event loop meanwhile, and no time goes by bet
 from __future__ import annotations
 
 import os
-from ctypes import Array, byref
+from collections.abc import Callable
+from ctypes import Array, addressof, byref, c_float, c_int64
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ from blaze.engines.llm.step_rows import StepRows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_CPU = torch.device("cpu")
 _KEPT_LOGITS = 64  # rows of memory for logits that are kept; what asks for more is a rare prompt's
 
 
@@ -74,12 +76,13 @@ class StepRunner:
         if len(cores) == self._threads:
             self._model.cores = self._address(torch.tensor(cores))
 
-    @torch.inference_mode()
-    def execute(self, step: Step) -> StepResult:
+    def execute(self, step: Step, launching: Callable[[], None] = lambda: None) -> StepResult:
         """The logits are good until the next step."""
-        self.store.copy(step.copies)
-        rows = StepRows.of(step, torch.device("cpu"))
-        count, wanted = rows.ids.shape[0], rows.logit_rows.shape[0]
+        if step.copies:
+            with torch.inference_mode():
+                self.store.copy(step.copies)
+        rows = StepRows.of(step, _CPU)
+        count, wanted = rows.table.shape[1], rows.logit_rows.shape[0]
         layer = self._layer
         buffers = BuffersStruct(
             hidden=self._buffer("hidden", count, self._hidden, torch.float32).data_ptr(),
@@ -91,34 +94,32 @@ class StepRunner:
             last_qkv=self._buffer("last_qkv", wanted, layer.qkv.outputs).data_ptr(),
         )
         logits = self._logits(wanted)
-        largest, likeliest = torch.empty(wanted), torch.empty(wanted, dtype=torch.int64)
-        self._run(
-            byref(self._model),
-            byref(step_struct(rows, self._threads)),
-            byref(buffers),
-            byref(
-                ResultStruct(
-                    count=wanted,
-                    rows=rows.logit_rows.data_ptr(),
-                    logits=logits.data_ptr(),
-                    largest=largest.data_ptr(),
-                    likeliest=likeliest.data_ptr(),
-                )
-            ),
+        largest, likeliest = (c_float * wanted)(), (c_int64 * wanted)()
+        result = ResultStruct(
+            count=wanted,
+            rows=rows.logit_rows.data_ptr(),
+            logits=logits.data_ptr(),
+            largest=addressof(largest),
+            likeliest=addressof(likeliest),
         )
-        return rows.result(step, logits, Largest(largest.tolist(), likeliest.tolist()))
+        whole = step_struct(rows, self._threads)
+        launching()
+        if self._run(byref(self._model), byref(whole), byref(buffers), byref(result)):
+            raise MemoryError(f"a step of {count} rows")
+        return rows.result(step, logits, Largest(list(largest), list(likeliest)))
 
     def _logits(self, wanted: int) -> torch.Tensor:
         if wanted > _KEPT_LOGITS:
             return torch.empty(wanted, self._head.outputs, dtype=torch.bfloat16)
-        return self._buffer("logits", wanted, self._head.outputs)
+        return self._buffer("logits", wanted, self._head.outputs)[:wanted]
 
     def _buffer(self, name: str, rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """Memory that is kept from step to step: fresh pages cost more than what is computed into them."""
+        """[at least ``rows``, width], kept from step to step: fresh pages cost more than what is computed
+        into them."""
         kept = self._buffers.get(name)
         if kept is None or kept.shape[0] < rows:
             kept = self._buffers[name] = torch.empty(rows, width, dtype=dtype)
-        return kept[:rows]
+        return kept
 
     def _layer_struct(self, index: int, layer: Layer[Panels], model: FusedModel[Panels]) -> LayerStruct:
         keys, values = self.store.rows(index)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -44,15 +43,15 @@ class EngineLoop:
         max_batch_tokens: int,
         prefill_chunk: int | None = None,
         on_step: Callable[[], None] = lambda: None,
-        together: Callable[[], AbstractContextManager[None]] = nullcontext,
+        launching: Callable[[], None] = lambda: None,
     ) -> None:
-        """``on_step`` is called after each step, before anybody hears of what came of it; ``together`` holds
-        back the news of one step until all of them are there."""
+        """``on_step`` is called after each step, before anybody hears of what came of it; ``launching`` when
+        the runner is about to be busy with the next one (see :class:`Runner`)."""
         self._runner = runner
         self._cache = cache
         self._clock = clock
         self._on_step = on_step
-        self._together = together
+        self._launching = launching
         self.scheduler = Scheduler(
             cache,
             max_batch_size=max_batch_size,
@@ -128,14 +127,13 @@ class EngineLoop:
             self._remove(job)
 
     def _carry_out(self, step: Step) -> None:
-        result = self._runner.execute(step)
+        result = self._runner.execute(step, self._launching)
         self._on_step()
         self.scheduler.computed(step)
         drawing = [work.sequence for work in step.work if work.yields_token]
-        with self._together():
-            self._note_prompt_logprobs(result)
-            # Part of the step, for a GPU tells of its errors when its numbers are looked at.
-            self._draw(drawing, result.next_logits, result.largest)
+        self._note_prompt_logprobs(result)
+        # Part of the step, for a GPU tells of its errors when its numbers are looked at.
+        self._draw(drawing, result.next_logits, result.largest)
 
     def _draw(self, sequences: list[Sequence], logits: torch.Tensor, largest: Largest | None) -> None:
         """Draw for each row of ``logits``, but for those whose jobs have failed in this very step."""

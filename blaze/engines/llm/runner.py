@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,8 +40,12 @@ class Runner(Protocol):
         """The thread that calls this carries out all further steps."""
         ...
 
-    def execute(self, step: Step) -> StepResult:
-        """Copies first, then the work; raises whatever the model raises."""
+    def execute(self, step: Step, launching: Callable[[], None] = lambda: None) -> StepResult:
+        """Copies first, then the work; raises whatever the model raises.
+
+        ``launching`` is called when the interpreter has little left to do for this step: whatever needs it
+        gets it then, and not while it prepares the step.
+        """
         ...
 
 

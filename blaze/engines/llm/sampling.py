@@ -100,7 +100,10 @@ def sample(
             for index, (row, token) in enumerate(zip(rows, chosen, strict=True))
             if token is not None and row.params.logprobs is not None
         }
-        measured = dict(zip(asked, _measure(select(logits, list(asked)), list(asked.values())), strict=True))
+        measured: dict[int, SampledToken | NonFiniteOutput] = {}
+        if asked:  # seldom: and operators on nothing take as long as any
+            outcomes = _measure(select(logits, list(asked)), list(asked.values()))
+            measured.update(zip(asked, outcomes, strict=True))
     unmeasured = (
         NonFiniteOutput(_NOT_FINITE) if token is None else SampledToken(token, None, ()) for token in chosen
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from blaze.engines.llm.greedy import Largest
@@ -13,20 +15,36 @@ from blaze.engines.llm.layout import Run, slot_of, split
 from blaze.engines.llm.runner import StepResult, wants_all_logits
 from blaze.engines.llm.scheduler import Step, Work
 
+IntArray: TypeAlias = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """Single tokens come first, in the order of ``runs``; then the chunks. All tensors are int64 [rows]."""
+    """Single tokens come first, in the order of ``runs``; then the chunks. All tensors are int64."""
 
     runs: tuple[Run, ...]
     chunks: tuple[Work, ...]
-    ids: torch.Tensor
-    starts: torch.Tensor  # of the row's slot
-    capacities: torch.Tensor  # of the row's slot
-    positions: torch.Tensor
+    table: torch.Tensor  # [4, rows]: tokens, starts and capacities of slots, positions
     longest: int  # keys of the row that has the most
     logit_rows: torch.Tensor  # the rows whose logits are wanted
     first_row: dict[Work, int]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """[rows], like the others."""
+        return self.table[0]
+
+    @property
+    def starts(self) -> torch.Tensor:
+        return self.table[1]
+
+    @property
+    def capacities(self) -> torch.Tensor:
+        return self.table[2]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        return self.table[3]
 
     @classmethod
     def of(cls, step: Step, device: torch.device) -> StepRows:
@@ -48,16 +66,12 @@ class StepRows:
             columns[3, rows] = np.arange(work.start, work.end)
         first_row = dict(zip(ordered, offsets, strict=False))
         wanted = [row for work in step.work for row in _logit_rows(work, first_row[work])]
-        ids, starts, capacities, positions = torch.from_numpy(columns).to(device)
         return cls(
             runs=tuple(runs),
             chunks=tuple(chunks),
-            ids=ids,
-            starts=starts,
-            capacities=capacities,
-            positions=positions,
+            table=_on(device, columns),
             longest=max(work.end for work in ordered),
-            logit_rows=torch.tensor(wanted, dtype=torch.int64, device=device),
+            logit_rows=_on(device, np.array(wanted, dtype=np.int64)),
             first_row=first_row,
         )
 
@@ -77,6 +91,12 @@ class StepRows:
             logits = logits[torch.tensor(yielding, dtype=torch.int64, device=logits.device)]
             largest = None if largest is None else largest.of(yielding)
         return StepResult(logits, tuple(whole), largest)
+
+
+def _on(device: torch.device, numbers: IntArray) -> torch.Tensor:
+    """Without an operator of torch's where it can be: each lets go of the interpreter."""
+    tensor = torch.from_numpy(numbers)
+    return tensor if device.type == "cpu" else tensor.to(device)
 
 
 def _logit_rows(work: Work, first: int) -> range:

@@ -6,6 +6,7 @@ Rows of different lengths share a step by explicit positions and a mask of four 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -94,7 +95,8 @@ class StockRunner:
         """Any thread will do."""
 
     @torch.inference_mode()
-    def execute(self, step: Step) -> StepResult:
+    def execute(self, step: Step, launching: Callable[[], None] = lambda: None) -> StepResult:
+        launching()
         self.store.copy(step.copies)
         runs, chunks = split(step.work)
         last: dict[Work, torch.Tensor] = {}

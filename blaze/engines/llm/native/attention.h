@@ -182,10 +182,11 @@ inline std::vector<int64_t> groups_of(const BlazeStep &step) {
   return begins;
 }
 
-// Item `item` of (groups * heads of keys); `next` is the item after it.
+// Item `item` of (groups * heads of keys); `next` is the item after it. `out`: where the item's own queries
+// of its first row go; `width` from one row to the next.
 template <typename T>
 void attend(const BlazeStep &step, const std::vector<int64_t> &groups, const BlazeHeads &heads, int64_t item,
-            int64_t next, const T *qkv, const T *keys, const T *values, float *scratch, T *out) {
+            int64_t next, const T *qkv, const T *keys, const T *values, float *scratch, T *out, int64_t width) {
   const int64_t first = groups[item / heads.keys], last = groups[item / heads.keys + 1], head = item % heads.keys;
   const int64_t dim = heads.dim, group = heads.queries / heads.keys, count = (last - first) * group;
   const int64_t slot = slot_of(step, heads, first, head), stride = scores_stride(step);
@@ -196,14 +197,14 @@ void attend(const BlazeStep &step, const std::vector<int64_t> &groups, const Bla
     const int64_t some = count - done < kQueries ? count - done : kQueries;
     Query<T> queries[kQueries];
     for (int64_t i = 0; i < some; i++) {
-      const int64_t row = first + (done + i) / group, at = head * group + (done + i) % group;
+      const int64_t row = first + (done + i) / group, query_of = (done + i) % group, at = head * group + query_of;
       const int64_t position = step.position[row];
       float query[kMaxDim];
       rotated(qkv + (row * (heads.queries + 2 * heads.keys) + at) * dim, heads.q_norm, heads, position, query);
       for (int64_t d = 0; d < dim; d += 16) store16(queries[i].numbers + d, load16(query + d));
       queries[i].first = heads.window && position >= heads.window ? position - heads.window + 1 : 0;
       queries[i].position = position;
-      queries[i].out = out + (row * heads.queries + at) * dim;
+      queries[i].out = out + (row - first) * width + query_of * dim;
     }
     const T *k = keys + slot, *v = values + slot;
     switch (some) {

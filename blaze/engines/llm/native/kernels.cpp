@@ -22,8 +22,11 @@ void attend_all(const BlazeStep &step, const BlazeHeads &heads, const T *qkv, T 
     for (int64_t row = 0; row < step.rows; row++) keep(step, heads, row, qkv, keys, values);
     float *scratch = new float[scores_size(step)];
 #pragma omp for schedule(dynamic, grain)
-    for (int64_t item = 0; item < items; item++)
-      attend(step, groups, heads, item, item + 1, qkv, keys, values, scratch, out);
+    for (int64_t item = 0; item < items; item++) {
+      const int64_t width = heads.queries * heads.dim;
+      const int64_t begin = groups[item / heads.keys] * width + item % heads.keys * (width / heads.keys);
+      attend(step, groups, heads, item, item + 1, qkv, keys, values, scratch, out + begin, width);
+    }
     delete[] scratch;
   }
 }

@@ -121,8 +121,8 @@ class BuffersStruct(Structure):
     )
 
 
-def step_function(library: Path) -> Callable[..., None] | None:
-    """``blaze_step`` of step.cpp: model, step, buffers, result.
+def step_function(library: Path) -> Callable[..., int] | None:
+    """``blaze_step`` of step.cpp: model, step, buffers, result; 0, or 1 for want of memory.
 
     None where this processor has no instruction for it.
     """
@@ -130,14 +130,17 @@ def step_function(library: Path) -> Callable[..., None] | None:
     loaded.blaze_runs_steps.restype = c_int64
     if not loaded.blaze_runs_steps():
         return None
-    return _function(
-        loaded,
-        "blaze_step",
-        POINTER(ModelStruct),
-        POINTER(StepStruct),
-        POINTER(BuffersStruct),
-        POINTER(ResultStruct),
-    )
+    step = loaded.blaze_step
+    step.argtypes = tuple(map(POINTER, (ModelStruct, StepStruct, BuffersStruct, ResultStruct)))
+    step.restype = c_int64
+    return step
+
+
+def items_overtaken(library: Path) -> int:
+    """How often a thread has done what another had begun and not finished, since the library was loaded."""
+    function = ctypes.CDLL(str(library)).blaze_items_overtaken
+    function.restype = c_int64
+    return int(function())
 
 
 class Kernels:
@@ -162,14 +165,16 @@ class Kernels:
 
 def step_struct(rows: StepRows, threads: int) -> StepStruct:
     """Points into ``rows``, which must outlive it."""
+    count, table = rows.table.shape[1], rows.table.data_ptr()
+    column = count * 8  # bytes
     return StepStruct(
-        rows=rows.ids.shape[0],
+        rows=count,
         threads=threads,
         longest=rows.longest,
-        start=rows.starts.data_ptr(),
-        capacity=rows.capacities.data_ptr(),
-        position=rows.positions.data_ptr(),
-        id=rows.ids.data_ptr(),
+        id=table,
+        start=table + column,
+        capacity=table + 2 * column,
+        position=table + 3 * column,
     )
 
 

@@ -11,7 +11,8 @@
 
 #include "team.h"
 
-#include <memory>
+#include <algorithm>
+#include <new>
 #include <omp.h>
 #include <sched.h>
 
@@ -67,33 +68,48 @@ namespace {
 constexpr int64_t kParts = 64; // of the rows, where the work on one is small
 constexpr int64_t kRowsOfItem = 96; // of a long prompt: enough to be worth reading a block of weights for
 
+// Memory of one thread.
 struct Scratch {
-  std::unique_ptr<float[]> scores;
-  std::unique_ptr<BFloat[]> unpacked;
+  std::vector<float> scores;
+  std::vector<BFloat> unpacked;
+  std::vector<float> sums;       // of an item of a product
+  std::vector<BFloat> attended;  // of an item of attention
 };
 
 // Multiply all rows of x; `take(row, output, sums)` gets 64 sums at a time, from output `output` on.
 template <typename Take>
-void multiply_all(Team &team, Scratch &scratch, const BlazeMatrix &matrix, const BFloat *x, int64_t rows,
+void multiply_all(Team::Member &team, Scratch &scratch, const BlazeMatrix &matrix, const BFloat *x, int64_t rows,
                   const Take &take) {
   const int64_t parts = (rows + kRowsOfItem - 1) / kRowsOfItem;
-  team.each(blocks_of(matrix.outputs) * parts, [&](int64_t item, int64_t next) {
-    const int64_t block = item / parts, part = item % parts;
-    const int64_t ahead = next / parts == block ? -1 : next / parts;
-    const int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
-    multiply(matrix, block, ahead, x + first * matrix.inputs, count, scratch.unpacked.get(),
-             [&](int64_t row, const Floats *sums) { take(first + row, block * kOutputs, sums); });
-  });
+  const auto first = [&](int64_t part) { return rows * part / parts; };
+  float *kept = scratch.sums.data();
+  team.each(
+      blocks_of(matrix.outputs) * parts,
+      [&](int64_t item, int64_t next) {
+        const int64_t block = item / parts, part = item % parts;
+        const int64_t ahead = next / parts == block ? -1 : next / parts;
+        multiply(matrix, block, ahead, x + first(part) * matrix.inputs, first(part + 1) - first(part),
+                 scratch.unpacked.data(),
+                 [&](int64_t row, const Floats *sums) { std::memcpy(kept + row * kOutputs, sums, kOutputs * 4); });
+      },
+      [&](int64_t item) {
+        const int64_t part = item % parts;
+        for (int64_t row = first(part); row < first(part + 1); row++) {
+          Floats sums[kPanels];
+          std::memcpy(sums, kept + (row - first(part)) * kOutputs, sizeof(sums));
+          take(row, item / parts * kOutputs, sums);
+        }
+      });
 }
 
-void store_all(Team &team, Scratch &scratch, const BlazeMatrix &matrix, const BFloat *x, int64_t rows, BFloat *out) {
+void store_all(Team::Member &team, Scratch &scratch, const BlazeMatrix &matrix, const BFloat *x, int64_t rows, BFloat *out) {
   multiply_all(team, scratch, matrix, x, rows, [&](int64_t row, int64_t output, const Floats *sums) {
     for (int p = 0; p < kPanels; p++, output += kPanel)
       store_some(out + row * matrix.outputs + output, sums[p], matrix.outputs - output);
   });
 }
 
-void add_all(Team &team, Scratch &scratch, const BlazeMatrix &matrix, const BFloat *x, int64_t rows, float *hidden) {
+void add_all(Team::Member &team, Scratch &scratch, const BlazeMatrix &matrix, const BFloat *x, int64_t rows, float *hidden) {
   multiply_all(team, scratch, matrix, x, rows, [&](int64_t row, int64_t output, const Floats *sums) {
     float *to = hidden + row * matrix.outputs;
     for (int p = 0; p < kPanels; p++, output += kPanel)
@@ -104,7 +120,7 @@ void add_all(Team &team, Scratch &scratch, const BlazeMatrix &matrix, const BFlo
   });
 }
 
-void gate_all(Team &team, Scratch &scratch, const BlazeMatrix &matrix, const BFloat *x, int64_t rows, int64_t inner, BFloat *out) {
+void gate_all(Team::Member &team, Scratch &scratch, const BlazeMatrix &matrix, const BFloat *x, int64_t rows, int64_t inner, BFloat *out) {
   multiply_all(team, scratch, matrix, x, rows, [&](int64_t row, int64_t output, const Floats *sums) {
     int64_t at = output / 2;
     for (int p = 0; p < kPanels; p += 2, at += kPanel)
@@ -175,10 +191,9 @@ struct Last {
 // What one thread of the team does.
 class Run {
 public:
-  Run(const BlazeModel &model, const BlazeBuffers &buffers, int64_t scores, int64_t unpacked, Team &team)
+  Run(const BlazeModel &model, const BlazeBuffers &buffers, Scratch &scratch, Team::Member team)
       : model_(model), team_(team), normed_((BFloat *)buffers.normed), attended_((BFloat *)buffers.attended),
-        gated_((BFloat *)buffers.gated), scratch_{std::unique_ptr<float[]>(new float[scores]),
-                                                  std::unique_ptr<BFloat[]>(unpacked ? new BFloat[unpacked] : nullptr)} {}
+        gated_((BFloat *)buffers.gated), scratch_(scratch) {}
 
   void all(const BlazeStep &step, const std::vector<int64_t> &groups, const Last &last, const BlazeBuffers &buffers,
            const BlazeResult &result) {
@@ -215,9 +230,19 @@ private:
   void finish(const BlazeLayer &layer, const BlazeStep &step, const std::vector<int64_t> &groups, const BFloat *qkv,
               float *hidden) {
     const BFloat *keys = (const BFloat *)layer.keys, *values = (const BFloat *)layer.values;
-    team_.each((int64_t(groups.size()) - 1) * layer.heads.keys, [&](int64_t item, int64_t next) {
-      attend(step, groups, layer.heads, item, next, qkv, keys, values, scratch_.scores.get(), attended_);
-    });
+    const BlazeHeads &heads = layer.heads;
+    const int64_t width = heads.queries * heads.dim, part = width / heads.keys; // of a row, of a head of keys
+    BFloat *out = scratch_.attended.data();
+    team_.each(
+        (int64_t(groups.size()) - 1) * heads.keys,
+        [&](int64_t item, int64_t next) {
+          attend(step, groups, heads, item, next, qkv, keys, values, scratch_.scores.data(), out, part);
+        },
+        [&](int64_t item) {
+          const int64_t first = groups[item / heads.keys], last = groups[item / heads.keys + 1];
+          for (int64_t row = first; row < last; row++)
+            std::memcpy(attended_ + row * width + item % heads.keys * part, out + (row - first) * part, part * sizeof(BFloat));
+        });
     add_all(team_, scratch_, layer.output, attended_, step.rows, hidden);
     norm(hidden, step.rows, layer.mlp_norm);
     gate_all(team_, scratch_, layer.gate_up, normed_, step.rows, layer.down.inputs, gated_);
@@ -232,15 +257,15 @@ private:
 
   template <typename Do> void each_row(int64_t rows, const Do &row) {
     const int64_t parts = rows < kParts ? rows : kParts;
-    team_.each(parts, [&](int64_t part, int64_t) {
+    team_.each_small(parts, [&](int64_t part) {
       for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; i++) row(i);
     });
   }
 
   const BlazeModel &model_;
-  Team &team_;
+  Team::Member team_;
   BFloat *normed_, *attended_, *gated_;
-  Scratch scratch_;
+  Scratch &scratch_;
 };
 
 // Threads that meet every few microseconds must not share a core, and the system is slow to see that they do.
@@ -256,13 +281,20 @@ void stay_on_own_core(const BlazeModel &model) {
   sched_setaffinity(0, sizeof(one), &one); // where it fails, the system decides as before
 }
 
-// Inputs of the widest matrix that has to be unpacked.
-int64_t unpacked_size(const BlazeModel &model) {
-  int64_t widest = model.head.scales ? model.head.inputs : 0;
-  for (const BlazeLayer *layer = model.layer; layer < model.layer + model.layers; layer++)
+// One for each thread, large enough for every layer.
+std::vector<Scratch> scratch_of(const BlazeModel &model, const BlazeStep &step) {
+  int64_t unpacked = model.head.scales ? model.head.inputs : 0, attended = 0;
+  for (const BlazeLayer *layer = model.layer; layer < model.layer + model.layers; layer++) {
+    attended = std::max(attended, layer->heads.queries / layer->heads.keys * layer->heads.dim);
     for (const BlazeMatrix *matrix : {&layer->qkv, &layer->output, &layer->gate_up, &layer->down})
-      if (matrix->scales && matrix->inputs > widest) widest = matrix->inputs;
-  return widest * kOutputs;
+      if (matrix->scales) unpacked = std::max(unpacked, matrix->inputs);
+  }
+  Scratch one;
+  one.scores.resize(scores_size(step));
+  one.unpacked.resize(unpacked * kOutputs);
+  one.sums.resize(std::min(step.rows, kRowsOfItem) * kOutputs);
+  one.attended.resize(kTogether * attended);
+  return std::vector<Scratch>(step.threads, one);
 }
 
 } // namespace
@@ -270,19 +302,25 @@ int64_t unpacked_size(const BlazeModel &model) {
 extern "C" {
 
 int64_t blaze_runs_steps() { return 1; }
+int64_t blaze_items_overtaken() { return items_overtaken.load(std::memory_order_relaxed); }
 
-void blaze_step(const BlazeModel *model, const BlazeStep *step, const BlazeBuffers *buffers, const BlazeResult *result) {
-  Team team;
-  const int64_t unpacked = unpacked_size(*model);
-  const std::vector<int64_t> groups = groups_of(*step);
-  const Last last(*step, *result);
+// 0, or 1 when there is not enough memory, and then nothing was done.
+int64_t blaze_step(const BlazeModel *model, const BlazeStep *step, const BlazeBuffers *buffers, const BlazeResult *result) {
+  try {
+    Team team(step->threads);
+    std::vector<Scratch> scratch = scratch_of(*model, *step);
+    const std::vector<int64_t> groups = groups_of(*step);
+    const Last last(*step, *result);
 #pragma omp parallel num_threads(step->threads) if (step->threads > 1)
-  {
-    stay_on_own_core(*model);
-#pragma omp single
-    team.of(omp_get_num_threads()); // which may be fewer than were asked for
-    Run(*model, *buffers, scores_size(*step), unpacked, team).all(*step, groups, last, *buffers, *result);
+    {
+      stay_on_own_core(*model);
+      const int thread = omp_get_thread_num();
+      Run(*model, *buffers, scratch[thread], Team::Member(team, thread)).all(*step, groups, last, *buffers, *result);
+    }
+  } catch (const std::bad_alloc &) {
+    return 1;
   }
+  return 0;
 }
 
 } // extern "C"
@@ -290,5 +328,6 @@ void blaze_step(const BlazeModel *model, const BlazeStep *step, const BlazeBuffe
 #else
 
 extern "C" int64_t blaze_runs_steps() { return 0; }
+extern "C" int64_t blaze_items_overtaken() { return 0; }
 
 #endif

@@ -1,60 +1,161 @@
 // The threads of one step: they share out items and meet after each phase.
+//
+// A phase is microseconds long, and a thread can lose its core for a hundred times as long to whatever else
+// runs on the machine. So nobody waits for long for an item that another has begun: who has nothing left to
+// do takes it over, and the one who comes late throws away what it has. An item is therefore computed into
+// memory of the thread's own, and put into its place by whoever holds the item then.
 
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
-#if defined(__x86_64__)
 #include <immintrin.h>
-#endif
 
 namespace {
 
-// Between phases there are microseconds, so a thread that is early spins; but not for long, for it may be
-// waiting for one whose core somebody else has taken, and then its own is better given away too.
+// Who has nothing to do spins, for the others are about to finish; but not for long: its core may be wanted.
 constexpr int kSpins = 1000;
+
+std::atomic<int64_t> items_overtaken{0}; // since the library was loaded
 
 class Team {
 public:
-  void of(int64_t threads) { threads_ = threads; }
+  explicit Team(int64_t most_threads) : held_(most_threads) {}
 
-  // Every thread of the team calls it with the same arguments: each item is done once, by whoever is free,
-  // and all are done when it returns. `item(i, next)` is told what this thread does next, so that it can be
-  // fetched meanwhile; `items` and more stand for nothing.
-  template <typename Do> void each(int64_t items, const Do &item) {
-    int64_t next = next_.fetch_add(1, std::memory_order_relaxed);
-    while (next < items) {
-      const int64_t i = next;
-      next = next_.fetch_add(1, std::memory_order_relaxed);
-      item(i, next);
+  class Member;
+
+private:
+  // What a thread holds, in one word: the phase, the item that it computes, the one after it, and how far it is.
+  enum Mode : uint64_t { kFree, kComputing, kPlacing };
+  static constexpr uint64_t kNone = (1 << 23) - 1; // no item
+  struct alignas(64) Held {
+    std::atomic<uint64_t> word{kFree};
+  };
+
+  std::vector<Held> held_;
+  alignas(64) std::atomic<uint64_t> given_{0}; // phase << 32 | how many of its items somebody has taken
+  alignas(64) std::atomic<uint64_t> done_{0};  // items of the phase
+  alignas(64) std::atomic<uint32_t> phase_{0};
+};
+
+// One thread of a team.
+class Team::Member {
+public:
+  Member(Team &team, int64_t index) : team_(team), held_(team.held_[index].word) {}
+
+  // Every member calls it with the same arguments: each item is done once, by whoever is free, and all are
+  // done when it returns. `compute(i, next)` writes to nothing that others see; it is told what this thread
+  // does next, so that it can be fetched meanwhile (`items` and more stand for nothing). `place(i)` comes
+  // after it, unless the item was taken over. What is computed by a thread that was overtaken may be
+  // anything, for what it reads is being changed already: only indices may not be read from there.
+  template <typename Compute, typename Place>
+  void each(int64_t items, const Compute &compute, const Place &place) {
+    if (!items) return;
+    const uint64_t began = __rdtsc();
+    uint64_t item = take(items), done = 0;
+    while (item != kNone) {
+      item = carry_out(items, item, take(items), compute, place);
+      done++;
     }
-    meet();
+    uint64_t since = __rdtsc();
+    if (done) usual_ = (since - began) / done;
+    uint64_t patience = usual_ + usual_ / 2; // who is at work should have finished by then
+    for (int spin = 0; !over(); spin++) {
+      const bool late = __rdtsc() - since > patience;
+      bool busy = false;
+      if (const uint64_t found = take_over(late, busy); found != kNone) {
+        carry_out(items, found, kNone, compute, place);
+        since = __rdtsc();
+        patience *= 2; // or two could take one item from each other for ever
+        spin = 0;
+      } else if (busy || spin < kSpins) {
+        _mm_pause();
+      } else {
+        team_.phase_.wait(phase_, std::memory_order_acquire);
+      }
+    }
+    phase_++;
+  }
+
+  // Items too small to be taken over, which write where they like.
+  template <typename Do> void each_small(int64_t items, const Do &item) {
+    if (!items) return;
+    for (uint64_t i = take(items); i != kNone; i = take(items)) {
+      item(i);
+      finished(items);
+    }
+    for (int spin = 0; !over(); spin++)
+      if (spin < kSpins)
+        _mm_pause();
+      else
+        team_.phase_.wait(phase_, std::memory_order_acquire);
+    phase_++;
   }
 
 private:
-  void meet() {
-    const uint32_t phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      next_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_seq_cst); // before notify looks for who sleeps
-      phase_.notify_all();
-      return;
-    }
-    for (int spin = 0; spin < kSpins; spin++) {
-      if (phase_.load(std::memory_order_acquire) != phase) return;
-#if defined(__x86_64__)
-      _mm_pause();
-#endif
-    }
-    phase_.wait(phase, std::memory_order_acquire);
+  // All members have the same number of phases behind them when they meet; who was overtaken catches up here.
+  bool over() const { return int32_t(team_.phase_.load(std::memory_order_acquire) - phase_) > 0; }
+
+  uint64_t word(uint64_t item, uint64_t next, Mode mode) const {
+    return uint64_t(phase_) << 48 | item << 25 | next << 2 | mode;
   }
 
-  int64_t threads_ = 1;
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int64_t> arrived_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};
+  uint64_t take(int64_t items) {
+    uint64_t given = team_.given_.load(std::memory_order_acquire);
+    while (given >> 32 == phase_ && int64_t(given & 0xffffffff) < items)
+      if (team_.given_.compare_exchange_weak(given, given + 1, std::memory_order_acq_rel)) return given & 0xffffffff;
+    return kNone;
+  }
+
+  // Gives the item that this thread has to do next.
+  template <typename Compute, typename Place>
+  uint64_t carry_out(int64_t items, uint64_t item, uint64_t next, const Compute &compute, const Place &place) {
+    uint64_t holds = word(item, next, kComputing);
+    held_.store(holds, std::memory_order_release);
+    compute(int64_t(item), next == kNone ? items : int64_t(next));
+    while (!held_.compare_exchange_weak(holds, word(item, kNone, kPlacing), std::memory_order_acq_rel))
+      if (holds == word(item, kNone, kComputing))
+        next = kNone; // somebody else does it
+      else if (holds != word(item, next, kComputing))
+        return take(items); // overtaken
+    place(int64_t(item));
+    finished(items);
+    return next == kNone ? take(items) : next;
+  }
+
+  void finished(int64_t items) {
+    if (int64_t(team_.done_.fetch_add(1, std::memory_order_acq_rel)) + 1 < items) return;
+    team_.done_.store(0, std::memory_order_relaxed);
+    team_.given_.store(uint64_t(phase_ + 1) << 32, std::memory_order_relaxed);
+    team_.phase_.store(phase_ + 1, std::memory_order_seq_cst); // before notify looks for who sleeps
+    team_.phase_.notify_all();
+  }
+
+  // What another member has not begun, or (`late`) not finished; `busy`: somebody is at work.
+  uint64_t take_over(bool late, bool &busy) {
+    for (Held &other : team_.held_) {
+      uint64_t holds = other.word.load(std::memory_order_acquire);
+      const uint64_t item = holds >> 25 & kNone, next = holds >> 2 & kNone;
+      if (holds != word(item, next, kComputing)) continue;
+      busy = true;
+      if (next != kNone) {
+        if (other.word.compare_exchange_strong(holds, word(item, kNone, kComputing), std::memory_order_acq_rel))
+          return next;
+      } else if (late) {
+        if (!other.word.compare_exchange_strong(holds, word(item, kNone, kFree), std::memory_order_acq_rel)) continue;
+        items_overtaken.fetch_add(1, std::memory_order_relaxed);
+        return item;
+      }
+    }
+    return kNone;
+  }
+
+  Team &team_;
+  std::atomic<uint64_t> &held_;
+  uint32_t phase_ = 0;
+  uint64_t usual_ = 0; // duration of an item, in ticks of the processor's clock
 };
 
 } // namespace
