@@ -192,10 +192,17 @@ class RoutedStream:
         self._account = account
         self._clock = clock
         self._opened_at = clock.now()
-        self._deadline = deadline
         self._table = table
         self._first: Events = ()
         self._ended = False
+        # The engine keeps the deadline itself and says so; who says nothing for a while longer has failed.
+        # One timer for all of the answer: one per batch would be a good part of what a batch costs.
+        self._patience_ends = deadline + settings.deadline_grace_s
+        self._reader: asyncio.Task[object] | None = None
+        self._gave_up = False
+        self._timer = asyncio.get_running_loop().call_later(
+            max(0.0, self._patience_ends - clock.now()), self._give_up
+        )
 
     async def begin(self) -> None:
         """Wait for the first content. What comes before it (``Started``, ``Progress``) commits to nothing:
@@ -225,7 +232,7 @@ class RoutedStream:
         return await self._next()
 
     async def _next(self) -> Events:
-        events, silent = await self._receive()
+        events = await self._receive()
         last = events[-1]
         if isinstance(last, Finished):
             self._end(Outcome.SUCCESS)
@@ -233,29 +240,40 @@ class RoutedStream:
         elif isinstance(last, Failed):
             if last.error.replica_gone:
                 self._table.suspend(self.replica_id, self._settings.suspend_s)
-            self._end(Outcome.FAILURE if last.error.is_failure or silent else Outcome.NEUTRAL)
+            self._end(Outcome.FAILURE if last.error.is_failure or self._gave_up else Outcome.NEUTRAL)
         return events
 
-    async def _receive(self) -> tuple[Events, bool]:
-        """The next batch, and whether the replica fell silent; whatever goes wrong is a terminal event.
-
-        The engine keeps the deadline itself and says so; who says nothing for a while longer has failed.
-        """
+    async def _receive(self) -> Events:
+        """The next batch; whatever goes wrong is a terminal event."""
+        if self._clock.now() >= self._patience_ends:
+            self._give_up()
+            return _TOO_LATE
+        reader = self._reader = asyncio.current_task()
+        assert reader is not None
+        before = reader.cancelling()
         try:
-            async with asyncio.timeout(
-                max(0.0, self._deadline - self._clock.now()) + self._settings.deadline_grace_s
-            ):
-                return await anext(self._call), False
+            return await anext(self._call)
         except StopAsyncIteration:
-            return _failed(EngineFailure("The replica ended its answer without a result.")), False
-        except TimeoutError:
-            self._call.cancel()
-            return _failed(DeadlineExceeded("The request's deadline passed before it was finished.")), True
+            return _failed(EngineFailure("The replica ended its answer without a result."))
+        except asyncio.CancelledError:
+            # As asyncio.timeout tells them apart: when others have cancelled it too, it stays cancelled.
+            if not self._gave_up or reader.uncancel() > before:
+                raise
+            return _TOO_LATE
         except BlazeError as error:
-            return _failed(error), False
+            return _failed(error)
+        finally:
+            self._reader = None
+
+    def _give_up(self) -> None:
+        self._gave_up = True
+        self._call.cancel()
+        if self._reader is not None:
+            self._reader.cancel()
 
     def _end(self, outcome: Outcome) -> None:
         self._ended = True
+        self._timer.cancel()
         if self._lease.release(outcome):
             self._account.outcome(outcome)
 
@@ -280,3 +298,6 @@ def _is_content(event: Event) -> bool:
 
 def _failed(error: BlazeError) -> Events:
     return (Failed(error.info),)
+
+
+_TOO_LATE = _failed(DeadlineExceeded("The request's deadline passed before it was finished."))
