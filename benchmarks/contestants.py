@@ -66,6 +66,7 @@ class Contestant:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self.process.stdin
+        self.go_on()  # whoever is halted hears nothing
         with suppress(BrokenPipeError):
             self.process.stdin.close()  # the word to stop, for a worker
         if self.process.poll() is None and not self._ends_within(2.0):
@@ -90,7 +91,12 @@ class Contestant:
         return True
 
     def processes(self) -> list[psutil.Process]:
-        return marked(_MARK, self._mark)
+        found = {process.pid: process for process in marked(_MARK, self._mark)}
+        with suppress(psutil.NoSuchProcess):
+            # A process that writes a title over its environment has no mark that could be read.
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                found.setdefault(process.pid, process)
+        return list(found.values())
 
     def hear(self) -> dict[str, Any]:
         """A worker's next line. Raises :class:`RuntimeError` when it has died."""
@@ -109,6 +115,20 @@ class Contestant:
 
     def last_words(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")[-3000:]
+
+    # --- Not there while others are measured -----------------------------------------------------------
+
+    def halt(self) -> None:
+        """Stop all its processes where they are."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     # --- What it uses while others are measured --------------------------------------------------------
 

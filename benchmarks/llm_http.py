@@ -5,11 +5,11 @@ greedy. Closed loops of 1, 8 and 32 connections: tokens/s, median time to the fi
 percentile of the gaps between arrivals of text, all on the client's clock (see :mod:`benchmarks.streams`).
 Both servers have their defaults, prefix caching included, which here finds nothing but the chat template's
 own beginning; vLLM runs as it comes and tuned as its documentation says. All are up at once and measured in
-turns. A server that waits is not quite idle (Ray's processes look after each other), which costs whoever is
-measured: it is printed as idle cores, and with --alone only one server is up at a time, started anew for each
-of its rounds.
+turns, so that what the machine does at the time is the same for all. A server that waits is not quite idle
+(Ray's processes look after each other), which costs whoever is measured: it is printed as idle cores, and
+with --halted whoever waits is stopped (SIGSTOP).
 
-Run: `python -m benchmarks.llm_http [--rounds 3] [--alone] [--without NAME ...] [--json PATH]`.
+Run: `python -m benchmarks.llm_http [--rounds 3] [--halted] [--without NAME ...] [--json PATH]`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -44,9 +44,10 @@ from benchmarks.rivals import vllm_cpu
 from benchmarks.smollm2 import random_text
 from benchmarks.streams import StreamLoad
 
-REQUESTS = {1: 6, 8: 24, 32: 64}  # connections: requests in a turn
+REQUESTS = {1: 12, 8: 32, 32: 64}  # connections: requests in a turn
 PROMPT_TOKENS = (16, 600)
 NEW_TOKENS = 64
+AWAKE_S = 3.0  # after it was halted: timers that are overdue, connections that look dead
 SHORT = {"vllm": tuple(VLLM), "vllm-default": (VLLM[0],), "vllm-tuned": (VLLM[1],)}
 
 
@@ -101,11 +102,11 @@ class Load:
     counted: dict[int, list[dict[str, Any]]]
 
 
-def loads(rounds: int, requests: dict[int, int], *, warm_ups: int) -> Iterator[Load]:
-    """No prompt comes twice, so that no cache holds one. The first ``warm_ups`` rounds begin with one."""
+def loads(rounds: int, requests: dict[int, int]) -> Iterator[Load]:
+    """No prompt comes twice, so that no cache holds one. The first round has some that do not count."""
     draw = random.Random(0)
     for number in range(rounds):
-        warm = {n: bodies(draw, n) for n in requests} if number < warm_ups else {}
+        warm = {n: bodies(draw, n) for n in requests} if number == 0 else {}
         yield Load(warm, {n: bodies(draw, count) for n, count in requests.items()})
 
 
@@ -121,34 +122,37 @@ def warm_up(client: Contestant, server: Server, load: Load) -> None:
         turn(client, server, requests, connections)
 
 
-def together(client: Contestant, servers: list[Server], rounds: int, requests: dict[int, int]) -> Results:
-    """All are up; they take turns at each number of connections."""
+@contextmanager
+def awake(server: Server) -> Iterator[None]:
+    """The others are halted."""
+    server.process.go_on()
+    wait_until_ready(server)
+    time.sleep(AWAKE_S)
+    yield
+    server.process.halt()
+
+
+def measure(
+    client: Contestant, servers: list[Server], rounds: int, requests: dict[int, int], *, halted: bool
+) -> Results:
+    """They take turns at each number of connections."""
     results: Results = {server.process.name: {n: [] for n in requests} for server in servers}
+    its_turn = awake if halted else nullcontext
     with ExitStack() as running:
         for server in servers:
             running.enter_context(server.process)
             wait_until_ready(server)  # one after another: loading is work too
-        for number, load in enumerate(loads(rounds, requests, warm_ups=1)):
+            if halted:
+                server.process.halt()
+        for number, load in enumerate(loads(rounds, requests)):
             for server in servers:
-                warm_up(client, server, load)
+                with its_turn(server):
+                    warm_up(client, server, load)
             first = number % len(servers)
             for connections in requests:
                 for server in servers[first:] + servers[:first]:
-                    play(client, server, load, connections, results)
-    return results
-
-
-def alone(client: Contestant, servers: list[Server], rounds: int, requests: dict[int, int]) -> Results:
-    """One is up at a time; they take turns at whole rounds."""
-    results: Results = {server.process.name: {n: [] for n in requests} for server in servers}
-    for number, load in enumerate(loads(rounds, requests, warm_ups=rounds)):
-        first = number % len(servers)
-        for server in servers[first:] + servers[:first]:
-            with server.process:
-                wait_until_ready(server)
-                warm_up(client, server, load)
-                for connections in requests:
-                    play(client, server, load, connections, results)
+                    with its_turn(server):
+                        play(client, server, load, connections, results)
     return results
 
 
@@ -233,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="does it run? one round, few requests")
-    parser.add_argument("--alone", action="store_true", help="one server at a time, not all at once")
+    parser.add_argument("--halted", action="store_true", help="stop whoever waits, so that it uses nothing")
     parser.add_argument("--no-prefix-caching", action="store_true", help="off in both, instead of on")
     parser.add_argument("--without", choices=SHORT, nargs="*", default=[], help="leave these out")
     parser.add_argument("--vllm-venv", type=Path, help="where vLLM is (or: BLAZE_VLLM_VENV)")
@@ -258,8 +262,7 @@ def main() -> None:
             Contestant("client", [sys.executable, "-m", "benchmarks.streams"], scratch / "client.log")
         )
         client.hear()
-        measure = alone if options.alone else together
-        results = measure(client, made, rounds, requests)
+        results = measure(client, made, rounds, requests, halted=options.halted)
         check_same_work(results)
 
     print(machine.describe())
@@ -279,7 +282,7 @@ def main() -> None:
             "prompt_tokens": PROMPT_TOKENS,
             "new_tokens": NEW_TOKENS,
             "prefix_caching": prefix_caching,
-            "alone": options.alone,
+            "halted": options.halted,
             **as_json(results, made),
         }
         options.json.write_text(json.dumps(whole, indent=2), encoding="utf-8")
