@@ -3,6 +3,8 @@
 >>> import blaze
 >>> client = blaze.connect()                                      # a running cluster
 >>> client.generate("smollm2-135m", "What is the capital of France?").text
+
+:class:`blaze.manager.EngineManager`, here as ``blaze.EngineManager``, is for engines in one process.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from blaze.version import __version__
 
 if TYPE_CHECKING:
     from blaze.client import Client
+    from blaze.manager import EngineManager
 
-__all__ = ["__version__", "connect"]
+__all__ = ["EngineManager", "__version__", "connect"]
 
 
 def connect(address: str | None = None, *, app_name: str = "blaze") -> Client:
@@ -27,3 +30,11 @@ def connect(address: str | None = None, *, app_name: str = "blaze") -> Client:
     from blaze.client import connect as _connect  # noqa: PLC0415 - Ray is loaded only when it is used
 
     return _connect(address, app_name=app_name)
+
+
+def __getattr__(name: str) -> object:
+    if name == "EngineManager":
+        from blaze.manager import EngineManager as _EngineManager  # noqa: PLC0415 - only when it is used
+
+        return _EngineManager
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

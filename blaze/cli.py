@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import httpx
 import psutil
@@ -19,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from blaze.errors import BlazeError, EnvironmentProblem
-from blaze.records import is_running, newest_running, read_records, remove_record
+from blaze.records import is_running, read_records, remove_record
+from blaze.remote import MANAGEMENT, base_url, first_model, get_json, post_json, stream_text
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Serve language and diffusion models on Ray."
@@ -27,6 +29,10 @@ app = typer.Typer(
 console = Console()
 stderr = Console(stderr=True)
 
+_REPLICA_COLUMNS = (
+    *("replica", "model", "pid", "state", "breaker"),
+    *("in flight", "weight", "EWMA", "requests", "failures", "memory"),
+)
 DEFAULT_CONFIG = Path("serve_config.yaml")
 Url = Annotated[
     str | None, typer.Option(help="Base URL; default: the cluster of `blaze up`, then port 8000.")
@@ -96,7 +102,7 @@ def status(
 ) -> None:
     """Models and replicas of a running cluster."""
     with one_line_errors():
-        body = _get_json(f"{base_url(url)}/api/v1/blaze/status")
+        body = get_json(f"{base_url(url)}{MANAGEMENT}/status")
     if as_json:
         console.print_json(data=body)
         return
@@ -105,17 +111,30 @@ def status(
         ready = f"{model['ready']}/{model['replicas']}"
         models.add_row(model["name"], model["engine"], model["strategy"], ready, str(model["waiting"]))
     replicas = Table(
-        "replica", "model", "rank", "pid", "state", "in flight", "requests", "failures", "memory"
+        "replica",
+        "model",
+        "pid",
+        "state",
+        "breaker",
+        "in flight",
+        "weight",
+        "EWMA",
+        "requests",
+        "failures",
+        "memory",
     )
     for replica in body["replicas"]:
-        numbers = [str(replica[key]) for key in ("in_flight", "requests", "failures")]
+        ewma = "" if replica["ewma_ms"] is None else f"{replica['ewma_ms']:.0f} ms"
+        weight = "" if replica["weight"] is None else f"{replica['weight']:g}"
+        counts = [str(replica["requests"]), str(replica["failures"])]
+        numbers = [str(replica["in_flight"]), weight, ewma, *counts]
         memory = f"{replica['memory_bytes'] / 2**20:.0f} MiB"
         identity = [
             replica["id"],
             replica["model"],
-            str(replica["rank"]),
             str(replica["pid"]),
             replica["state"],
+            replica["breaker"],
         ]
         replicas.add_row(*identity, *numbers, memory)
     console.print(models, replicas)
@@ -193,9 +212,34 @@ def image(
             "num_inference_steps": steps,
             "output_format": suffix,
         }
-        body = _post_json(f"{base}/v1/images/generations", request)
+        body = post_json(f"{base}/v1/images/generations", request)
         output.write_bytes(base64.b64decode(body["data"][0]["b64_json"]))
         console.print(f"{output}  {body['size']}, seed {body['data'][0]['seed']}")
+
+
+@app.command()
+def route(
+    model: Annotated[str, typer.Argument(help="Its requests go by the strategy from now on.")],
+    strategy: Annotated[str, typer.Argument(help="For example least_connections or adaptive.")],
+    url: Url = None,
+) -> None:
+    """Change a model's balancing strategy while it serves."""
+    with one_line_errors():
+        post_json(f"{base_url(url)}{MANAGEMENT}/strategy", {"model": model, "strategy": strategy})
+        console.print(f"{model}: {strategy}")
+
+
+@app.command()
+def drain(
+    replica: Annotated[str, typer.Argument(help="Its id, as `blaze status` shows it.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Let it have requests again.")] = False,
+    url: Url = None,
+) -> None:
+    """Send a replica no new requests; those that it has go on."""
+    with one_line_errors():
+        path = f"/replicas/{quote(replica, safe='')}/drain"
+        post_json(f"{base_url(url)}{MANAGEMENT}{path}", {"draining": not undo})
+        console.print(f"{replica}: {'takes requests' if undo else 'gets no new requests'}")
 
 
 @app.command()
@@ -212,66 +256,6 @@ def doctor(port: Annotated[int, typer.Option(help="The port that `blaze up` is t
     console.print(table)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
-
-
-# --- HTTP ------------------------------------------------------------------------------------------
-
-
-def base_url(given: str | None) -> str:
-    if given:
-        return given.rstrip("/")
-    record = newest_running()
-    return record.url if record else "http://127.0.0.1:8000"
-
-
-def first_model(base: str, engines: tuple[str, ...]) -> str:
-    for model in _get_json(f"{base}/api/v1/blaze/status")["models"]:
-        if model["engine"] in engines:
-            return str(model["name"])
-    raise EnvironmentProblem(f"this cluster has no {' or '.join(engines)} model")
-
-
-def stream_text(url: str, request: dict[str, Any]) -> Iterator[str]:
-    """The text of a streamed chat answer. Raises :class:`EnvironmentProblem` with the server's own words."""
-    with httpx.stream("POST", url, json=request, timeout=600.0, trust_env=_by_proxy(url)) as response:
-        if response.status_code != 200:
-            response.read()
-            _check(response)
-        for line in response.iter_lines():
-            data = line.removeprefix("data: ")
-            if not line or data == "[DONE]":
-                continue
-            event = json.loads(data)
-            if "error" in event:
-                raise EnvironmentProblem(event["error"]["message"])
-            for choice in event["choices"]:
-                yield choice["delta"].get("content") or ""
-
-
-def _get_json(url: str) -> dict[str, Any]:
-    body: dict[str, Any] = _check(httpx.get(url, timeout=30.0, trust_env=_by_proxy(url))).json()
-    return body
-
-
-def _post_json(url: str, request: dict[str, Any]) -> dict[str, Any]:
-    response = httpx.post(url, json=request, timeout=600.0, trust_env=_by_proxy(url))
-    body: dict[str, Any] = _check(response).json()
-    return body
-
-
-def _by_proxy(url: str) -> bool:
-    """A proxy of the environment's knows nothing of this machine's own addresses."""
-    return httpx.URL(url).host not in ("127.0.0.1", "localhost", "::1")
-
-
-def _check(response: httpx.Response) -> httpx.Response:
-    if response.status_code != 200:
-        try:
-            message = response.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            message = f"HTTP {response.status_code}"
-        raise EnvironmentProblem(message)
-    return response
 
 
 if __name__ == "__main__":

@@ -2,65 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
 import uuid
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from blaze.config import APP_NAME
-from blaze.errors import EnvironmentProblem, InvalidRequest, RemoteError, ReplicaLost, UnsupportedOperation
+from blaze.control import Change
+from blaze.errors import EnvironmentProblem, ErrorInfo, RemoteError, ReplicaLost, UnsupportedOperation
 from blaze.records import newest_running
-from blaze.sampling_params import SamplingParams
-from blaze.types import (
-    ChatMessage,
-    ChatPrompt,
-    ChoiceFinished,
-    Event,
-    Events,
-    Failed,
-    Finished,
-    FinishReason,
-    GenerateRequest,
-    ImageReady,
-    ImageRequest,
-    Prompt,
-    Request,
-    TextDelta,
-    TextPrompt,
-    TokenLogprob,
-    TokenPrompt,
-    Usage,
-)
+from blaze.requests import PromptLike, image_request, text_request
+from blaze.results import Generation, as_generation, as_images
+from blaze.types import Event, Events, Failed, Finished, GenerateRequest, ImageReady, Request, TextDelta
 
 if TYPE_CHECKING:
-    from ray.serve.handle import DeploymentHandle
+    from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-_STATUS_TIMEOUT_S = 30.0
-
-PromptLike: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | Prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """A complete answer; all but ``usage`` have one entry a choice.
-
-    ``logprobs`` are empty unless asked for. With ``echo``, texts, ids and logprobs begin with the prompt's.
-    """
-
-    texts: tuple[str, ...]
-    token_ids: tuple[tuple[int, ...], ...]
-    finish_reasons: tuple[FinishReason, ...]
-    usage: Usage
-    logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
-
-    @property
-    def text(self) -> str:
-        return self.texts[0]
+_PATIENCE_S = 30.0
 
 
 class Client:
@@ -69,6 +30,7 @@ class Client:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._stream = handle.options(method_name="stream", stream=True)
         self._status = handle.options(method_name="status")
+        self._change = handle.options(method_name="change")
 
     def generate(
         self,
@@ -83,30 +45,9 @@ class Client:
 
         A text is sent as one user message; for one that is continued, or for tools, give a
         :class:`blaze.types.TextPrompt` or :class:`blaze.types.ChatPrompt`. ``sampling``: fields of
-        :class:`SamplingParams`.
+        :class:`blaze.sampling_params.SamplingParams`.
         """
-        request = _generate_request(model, prompt, timeout_s, priority, sampling)
-        texts: dict[int, list[str]] = {}
-        token_ids: dict[int, list[int]] = {}
-        logprobs: dict[int, list[TokenLogprob]] = {}
-        reasons: dict[int, FinishReason] = {}
-        usage = Usage()
-        for event in self.events(request):
-            if isinstance(event, TextDelta):
-                texts.setdefault(event.index, []).append(event.text)
-                token_ids.setdefault(event.index, []).extend(event.token_ids)
-                logprobs.setdefault(event.index, []).extend(event.logprobs or ())
-            elif isinstance(event, ChoiceFinished):
-                reasons[event.index] = event.reason
-            elif isinstance(event, Finished):
-                usage = event.usage
-        return Generation(
-            texts=tuple("".join(texts.get(index, ())) for index in sorted(reasons)),
-            token_ids=tuple(tuple(token_ids.get(index, ())) for index in sorted(reasons)),
-            finish_reasons=tuple(reasons[index] for index in sorted(reasons)),
-            usage=usage,
-            logprobs=tuple(tuple(logprobs.get(index, ())) for index in sorted(reasons)),
-        )
+        return as_generation(self.events(_generate_request(model, prompt, timeout_s, priority, sampling)))
 
     def stream(
         self,
@@ -127,22 +68,31 @@ class Client:
     def images(
         self, model: str, prompt: str, *, timeout_s: float | None = None, **options: Any
     ) -> list[ImageReady]:
-        """Encoded images. ``options``: fields of :class:`ImageRequest` (``n``, ``seed``, ``width``, ...)."""
-        request = ImageRequest(f"handle-{uuid.uuid4().hex}", model, prompt, timeout_s=timeout_s, **options)
-        return [event for event in self.events(request) if isinstance(event, ImageReady)]
+        """Encoded images. ``options``: fields of :class:`blaze.types.ImageRequest`, as ``n`` and ``seed``."""
+        request = image_request(_new_id(), model, prompt, {"timeout_s": timeout_s, **options})
+        return list(as_images(self.events(request)).images)
 
     def embed(self, _model: str, _text: str | Sequence[str]) -> NoReturn:
         raise UnsupportedOperation("embeddings are not implemented in this version")
 
+    def change(self, change: Change) -> None:
+        """Change a strategy, a weight, a drain or a breaker at run time (see :mod:`blaze.control`)."""
+        error: ErrorInfo | None = self._answer_to(self._change.remote(change))
+        if error is not None:
+            raise RemoteError(error)
+
     def status(self) -> dict[str, Any]:
+        body: dict[str, Any] = self._answer_to(self._status.remote())
+        return body
+
+    def _answer_to(self, call: DeploymentResponse) -> Any:
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
         try:
-            result: dict[str, Any] = self._status.remote().result(timeout_s=_STATUS_TIMEOUT_S)
+            return call.result(timeout_s=_PATIENCE_S)
         except (RayError, RayServeException, TimeoutError) as error:
             raise ReplicaLost(f"The Router did not answer: {type(error).__name__}") from error
-        return result
 
     def events(self, request: Request) -> Generator[Event]:
         """The request's events one by one; raises where the terminal event is ``Failed``."""
@@ -169,33 +119,11 @@ class Client:
 def _generate_request(
     model: str, prompt: PromptLike, timeout_s: float | None, priority: int, sampling: dict[str, Any]
 ) -> GenerateRequest:
-    request_id = f"handle-{uuid.uuid4().hex}"
-    params = SamplingParams(**sampling)
-    return GenerateRequest(request_id, model, _prompt(prompt), params, timeout_s, priority)
+    return text_request(_new_id(), model, prompt, {"timeout_s": timeout_s, "priority": priority, **sampling})
 
 
-def _prompt(prompt: PromptLike) -> Prompt:
-    """Raises :class:`InvalidRequest` for what is neither text, nor token ids, nor messages."""
-    if isinstance(prompt, ChatPrompt | TextPrompt | TokenPrompt):
-        return prompt
-    if isinstance(prompt, str):
-        return ChatPrompt((ChatMessage("user", prompt),))
-    if prompt and all(isinstance(token, int) for token in prompt):
-        return TokenPrompt(tuple(token for token in prompt if isinstance(token, int)))
-    return ChatPrompt(tuple(_message(message) for message in prompt))
-
-
-def _message(message: Mapping[str, Any] | int) -> ChatMessage:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise InvalidRequest("a message is a mapping with role and content", param="messages")
-    calls = message.get("tool_calls")
-    return ChatMessage(
-        role=message["role"],
-        content=message["content"],
-        name=message.get("name"),
-        tool_calls=json.dumps(calls) if calls else None,
-        tool_call_id=message.get("tool_call_id"),
-    )
+def _new_id() -> str:
+    return f"handle-{uuid.uuid4().hex}"
 
 
 def connect(address: str | None = None, *, app_name: str = APP_NAME) -> Client:

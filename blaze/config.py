@@ -11,11 +11,12 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from blaze.engine_config import (
     DiffusionConfig,
@@ -27,6 +28,7 @@ from blaze.engine_config import (
     SimulatorConfig,
 )
 from blaze.errors import ConfigError
+from blaze.key_config import ApiKeyConfig, check_unique
 from blaze.types import EngineKind
 
 APP_NAME = "blaze"
@@ -40,8 +42,23 @@ StrategyName = Literal[
     "ip_hash",
     "adaptive",
 ]
-# The strategies that this version has; the others are refused at deploy, not silently replaced.
-AVAILABLE_STRATEGIES: tuple[StrategyName, ...] = ("round_robin", "least_connections")
+STRATEGIES: tuple[str, ...] = get_args(StrategyName)
+
+
+class BreakerConfig(Settings):
+    failure_threshold: PositiveInt = 5  # failures in a row
+    success_threshold: PositiveInt = 2  # probes that have to succeed
+    recovery_timeout: PositiveFloat = 1.0  # seconds: the first time; then twice as long each time
+    max_timeout: PositiveFloat = 60.0  # seconds
+    monitoring_window: PositiveFloat = 10.0  # seconds, in which half of at least 10 requests failing trips it
+
+    @model_validator(mode="after")
+    def _timeouts_in_order(self) -> BreakerConfig:
+        if self.recovery_timeout > self.max_timeout:
+            raise ValueError(
+                f"recovery_timeout {self.recovery_timeout:g} is above max_timeout {self.max_timeout:g}"
+            )
+        return self
 
 
 class RouterConfig(Settings):
@@ -51,17 +68,30 @@ class RouterConfig(Settings):
     request_timeout_s: PositiveFloat = 600.0  # deadline of a request without its own
     max_queued: Annotated[int, Field(ge=0)] = 256  # waiting requests per model and Router
     max_body_bytes: PositiveInt = 16 * 1024 * 1024
+    api_keys: tuple[ApiKeyConfig, ...] = ()  # without any, everybody may do everything
+    trusted_proxies: tuple[str, ...] = ()  # addresses and networks whose X-Forwarded-For is believed
     access_log: bool = False  # a line per request in the Router's log; /metrics counts them either way
     seed: int | None = None  # of the generator behind ties and starting points; None: from the system
+    breaker: BreakerConfig = BreakerConfig()
+    slow_start_s: NonNegativeFloat = 30.0  # a replica that has just come gets its share little by little
+    sticky_sessions: bool = False  # requests of an x-session-id stay with one replica
+    sticky_session_timeout_s: PositiveFloat = 300.0
 
-    @model_validator(mode="after")
-    def _strategy_is_available(self) -> RouterConfig:
-        if self.strategy not in AVAILABLE_STRATEGIES:
-            have = ", ".join(AVAILABLE_STRATEGIES)
-            raise ValueError(
-                f"strategy {self.strategy!r} is not available in this version (available: {have})"
-            )
-        return self
+    @field_validator("api_keys")
+    @classmethod
+    def _are_unique(cls, keys: tuple[ApiKeyConfig, ...]) -> tuple[ApiKeyConfig, ...]:
+        check_unique(keys)
+        return keys
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for text in proxies:
+            try:
+                ip_network(text)
+            except ValueError:
+                raise ValueError(f"{text!r} is not an address or a network") from None
+        return proxies
 
 
 class HealthConfig(Settings):
@@ -205,7 +235,8 @@ def describe(error: ValidationError) -> str:
         path = field_path(item["loc"]) or "args"
         reason = item["msg"].removeprefix("Value error, ")
         given = item.get("input")
-        shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+        secret = "api_keys" in item["loc"]  # whatever is there may be a key, in the wrong place
+        shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and not secret else ""
         lines.append(f"{path}: {reason}{shown}")
     return "; ".join(lines)
 

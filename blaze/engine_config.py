@@ -84,5 +84,8 @@ class SimulatorConfig(Settings):
     fail_rate: dict[int, Fraction] = Field(
         default_factory=dict
     )  # replica rank -> share of requests that fail
+    fail_for_s: dict[int, PositiveFloat] = Field(
+        default_factory=dict
+    )  # replica rank -> seconds from its first request on in which all fail
     hang: dict[int, Fraction] = Field(default_factory=dict)  # replica rank -> share that never answers
     seed: int = 0

@@ -116,6 +116,35 @@ class UnsupportedOperation(InvalidRequest):
     code = "not_implemented"
 
 
+class Unauthorized(InvalidRequest):
+    """No API key, or one that nobody has; the message never repeats it."""
+
+    http_status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(InvalidRequest):
+    """The key is good, but not for this."""
+
+    http_status = 403
+    code = "admin_key_required"
+
+
+class RateLimited(BlazeError):
+    """The key is over its requests per minute; ``retry_after_s`` says when it is not any more."""
+
+    http_status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
+    is_failure = False
+
+
+class TokensLimited(RateLimited):
+    """The key is over its tokens per minute."""
+
+    type = "tokens"
+
+
 # --- Load and time: neutral, the caller may come back ----------------------------------------------
 
 

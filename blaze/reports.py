@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from blaze.control import NO_CHANGES, Control
 from blaze.types import EngineKind, ReplicaId
 
 
@@ -42,6 +43,7 @@ class EngineStatus:
     last_step_age_s: float | None  # None before the first step
     detail: str | None = None  # why it failed
     kv_cache: KVCacheStatus | None = None  # of LLM engines
+    prefixes: bytes = b""  # packed links of the prompts that it holds, see prompt_chain.py
 
     @property
     def work_pending(self) -> int:
@@ -71,6 +73,21 @@ class ReplicaCounters:
     weight: float
     requests: int
     failures: int
+    cost: float = 0.0  # of the requests in flight, see blaze/routing/cost.py
+    ewma_ms: float | None = None  # peak EWMA of response times; None: not measured yet
+    breaker: str = "closed"
+    draining: bool = False
+
+
+@dataclass(frozen=True)
+class BreakerEvent:
+    """A breaker has changed its state."""
+
+    model: str
+    replica_id: ReplicaId
+    before: str
+    after: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,10 @@ class ModelCounters:
     images: int
     ttft_buckets: tuple[int, ...]
     ttft_sum_s: float
+    retries: int = 0
+    panic: bool = False  # breakers are ignored, for they refuse more than half of the replicas
+    transitions: tuple[tuple[str, int], ...] = ()  # (state that a breaker came to, count)
+    events: tuple[BreakerEvent, ...] = ()  # the last ones
 
 
 TTFT_BUCKETS_S: tuple[float, ...] = (
@@ -112,3 +133,22 @@ class RouterReport:
     router_id: str
     models: tuple[ModelCounters, ...]
     replicas: tuple[ReplicaCounters, ...]
+    control: Control = NO_CHANGES  # what it follows
+
+
+@dataclass(frozen=True)
+class PeerLoad:
+    """What the other Routers have in flight on a replica."""
+
+    in_flight: int = 0
+    cost: float = 0.0
+
+
+@dataclass(frozen=True)
+class News:
+    """The health actor's answer to a Router's report."""
+
+    control: Control
+    peers: tuple[tuple[ReplicaId, PeerLoad], ...]
+    suspects: tuple[ReplicaId, ...]
+    prefixes: tuple[tuple[ReplicaId, bytes], ...] = ()

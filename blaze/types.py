@@ -35,6 +35,15 @@ class EngineKind(StrEnum):
 
 
 @dataclass(frozen=True)
+class Caller:
+    """Who asks, as far as it decides where the request goes."""
+
+    session_id: str | None = None
+    user: str | None = None
+    address: str | None = None  # normalised, and from somebody who can be trusted to know it
+
+
+@dataclass(frozen=True)
 class ChatMessage:
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | None
@@ -79,6 +88,7 @@ class GenerateRequest:
     timeout_s: float | None = None
     priority: int = 0  # lower is served first
     generated: tuple[tuple[TokenId, ...], ...] = ()
+    caller: Caller = Caller()
 
     def __post_init__(self) -> None:
         """Raises :class:`InvalidRequest`: calls over a handle pass through no other validation."""
@@ -109,6 +119,7 @@ class ImageRequest:
     seed: int | None = None
     output_format: ImageFormat = "png"
     timeout_s: float | None = None
+    caller: Caller = Caller()
 
     def __post_init__(self) -> None:
         """Raises :class:`InvalidRequest`: calls over a handle pass through no other validation."""

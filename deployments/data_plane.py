@@ -58,6 +58,16 @@ def private_proxy(folder: Path, *, metrics_port: int, stats_port: int, replica_p
     }
 
 
+def clients_are_known() -> bool:
+    """Whether a Router of this node hears of a client's address from somebody who knows it.
+
+    Serve's own HAProxy says nothing of it, and lets through what clients say of themselves; our wrapper of it
+    does, and Serve's Python proxy hands on the socket's.
+    """
+    behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    return not behind_haproxy or "BLAZE_HAPROXY_BINARY" in os.environ
+
+
 def haproxy_binary() -> str:
     """The HAProxy to run: ``BLAZE_HAPROXY_BINARY``, the one that comes with ``ray[serve]``, or the system's.
 

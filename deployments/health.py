@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from blaze.clock import SystemClock
 from blaze.config import HealthConfig
+from blaze.control import Change, Control
 from blaze.health.supervisor import ClusterView, HealthSettings, Supervisor
-from blaze.reports import Heartbeat, RouterReport
+from blaze.reports import Heartbeat, News, RouterReport
 from blaze.types import ReplicaId
 
 
@@ -23,8 +24,11 @@ class HealthActor:
     async def heartbeat(self, heartbeat: Heartbeat) -> None:
         self._supervisor.heartbeat(heartbeat)
 
-    async def report(self, report: RouterReport) -> None:
-        self._supervisor.report(report)
+    async def report(self, report: RouterReport) -> News:
+        return self._supervisor.report(report)
+
+    async def change(self, change: Change) -> Control:
+        return self._supervisor.change(change)
 
     async def goodbye(self, replica_id: ReplicaId) -> None:
         self._supervisor.goodbye(replica_id)

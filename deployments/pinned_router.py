@@ -12,7 +12,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 import deployments.pinned_state as state
 from blaze.errors import BlazeError, Overloaded, ReplicaLost, ReplicaUnreachable
-from blaze.routing.replicas import ReplicaInfo
+from blaze.routing.replica import ReplicaInfo
 
 _PROBES = 20
 _PROBE_PERIOD_S = 0.25

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeAlias
 
-from blaze.routing.replicas import ReplicaInfo
+from blaze.routing.replica import ReplicaInfo
 from blaze.types import ReplicaId
 
 DeploymentKey: TypeAlias = str  # "app#deployment"

@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 import deployments.pinned_state as state
 from blaze.errors import BlazeError, Cancelled, EngineFailure, ReplicaLost, ReplicaUnreachable
-from blaze.routing.replicas import ReplicaInfo
+from blaze.routing.replica import ReplicaInfo
 from blaze.types import Events, ReplicaId, Request
 
 logger = logging.getLogger("ray.serve")

@@ -15,15 +15,23 @@ from blaze.api.report import metrics_text, status_object
 from blaze.api.service import ModelCard, Readiness
 from blaze.clock import SystemClock
 from blaze.config import BlazeConfig, ModelConfig
-from blaze.errors import ModelNotFound
+from blaze.control import Change, Control, SetStrategy
+from blaze.errors import ConfigError, InvalidRequest, ModelNotFound, NotFound, Overloaded
 from blaze.health.supervisor import ClusterView
-from blaze.reports import ModelCounters, ReplicaCounters, RouterReport
-from blaze.routing.dispatcher import Dispatcher, DispatchSettings, RoutedStream
+from blaze.reports import ModelCounters, News, ReplicaCounters, RouterReport
+from blaze.routing.dispatcher import Dispatcher
+from blaze.routing.routed_stream import RoutedStream
+from blaze.routing.settings import DispatchSettings
 from blaze.routing.strategies import make_strategy
+from blaze.routing.strategy import Strategy
+from blaze.routing.trip import BreakerSettings
 from blaze.types import Request
+from deployments.data_plane import clients_are_known
 from deployments.pool import RayReplicaPool
 
 logger = logging.getLogger("ray.serve")
+
+_PATIENCE_S = 5.0  # with the health actor, when an operator waits
 
 
 class ClusterService:
@@ -41,26 +49,45 @@ class ClusterService:
         self._router_id = router_id
         created = int(time.time())
         self._cards = tuple(ModelCard(m.name, m.engine, created) for m in config.models)
+        self._rngs = {m.name: self._rng(m.name) for m in config.models}
         self._dispatchers = {m.name: self._dispatcher(m, engines[m.name]) for m in config.models}
+        self._control = Control()
         self._reporting = asyncio.create_task(self._report_forever())
 
     def _dispatcher(self, model: ModelConfig, handle: DeploymentHandle) -> Dispatcher:
         router = self._config.router
-        # Each Router has draws of its own: with one seed for all they would march in step.
-        rng = random.Random(None if router.seed is None else f"{router.seed}/{self._router_id}")
         return Dispatcher(
             model.name,
             RayReplicaPool(handle, weight=model.weight),
-            make_strategy(router.strategy, rng=rng, routers=router.replicas),
+            self._strategy(model.name, router.strategy),
             clock=SystemClock(),
-            rng=rng,
+            rng=self._rngs[model.name],
             settings=DispatchSettings(
                 max_retries=router.max_retries,
                 request_timeout_s=router.request_timeout_s,
                 max_queued=router.max_queued,
                 max_in_flight=model.in_flight_cap,
+                slow_start_s=router.slow_start_s,
+                sticky_sessions=router.sticky_sessions,
+                sticky_session_timeout_s=router.sticky_session_timeout_s,
+                routers=router.replicas,
+                breaker=BreakerSettings(
+                    failure_threshold=router.breaker.failure_threshold,
+                    success_threshold=router.breaker.success_threshold,
+                    recovery_timeout_s=router.breaker.recovery_timeout,
+                    max_timeout_s=router.breaker.max_timeout,
+                    monitoring_window_s=router.breaker.monitoring_window,
+                ),
             ),
         )
+
+    def _rng(self, model: str) -> random.Random:
+        """Each Router has draws of its own: with one seed for all they would march in step."""
+        seed = self._config.router.seed
+        return random.Random(None if seed is None else f"{seed}/{self._router_id}/{model}")
+
+    def _strategy(self, model: str, name: str) -> Strategy:
+        return make_strategy(name, rng=self._rngs[model], routers=self._config.router.replicas)
 
     def models(self) -> Sequence[ModelCard]:
         return self._cards
@@ -81,10 +108,48 @@ class ClusterService:
         return await dispatcher.open(request)
 
     async def status(self) -> dict[str, Any]:
-        return status_object(self._cards, await self._view(), self.readiness())
+        return status_object(self._cards, await self._view(), self.readiness(), addresses=clients_are_known())
 
     async def metrics(self) -> bytes:
         return metrics_text(await self._view())
+
+    async def change(self, change: Change) -> None:
+        """Numbered by the health actor, applied here at once, and by the other Routers with their next
+        reports. Raises :class:`ModelNotFound`, :class:`NotFound` and :class:`Overloaded`."""
+        if isinstance(change, SetStrategy):
+            if change.model not in self._dispatchers:
+                raise ModelNotFound(change.model)
+            try:
+                self._strategy(change.model, change.strategy)
+            except ConfigError as error:
+                raise InvalidRequest(error.message, param="strategy") from None
+        elif not any(change.replica_id in d.table.columns.place for d in self._dispatchers.values()):
+            raise NotFound(f"There is no replica {change.replica_id[:80]!r}.", param="id")
+        try:
+            control: Control = await asyncio.wait_for(self._health.change.remote(change), timeout=_PATIENCE_S)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            logger.warning("the health actor took no change: %s: %s", type(error).__name__, error)
+            raise Overloaded(
+                "Changes cannot be made now; the health actor does not answer.", retry_after_s=2
+            ) from error
+        self._follow(control)
+
+    def _follow(self, control: Control) -> None:
+        before, self._control = self._control, control
+        if control.version == before.version:
+            return
+        weights, strategies = dict(control.weights), dict(control.strategies)
+        for name, dispatcher in self._dispatchers.items():
+            wanted = strategies.get(name)
+            if wanted is not None and wanted != dispatcher.strategy.name:
+                dispatcher.strategy = self._strategy(name, wanted)
+            dispatcher.table.follow(weights, control.draining)
+            for version, action in control.breakers:
+                if version > before.version and action.replica_id in dispatcher.table.columns.place:
+                    dispatcher.table.breakers.act(action.replica_id, action.action)
+                    dispatcher.table.changed()
 
     async def _view(self) -> ClusterView:
         """The health actor's picture; while that is away, this Router's own numbers alone."""
@@ -107,16 +172,20 @@ class ClusterService:
             model_counters, replica_counters = dispatcher.counters()
             models.append(model_counters)
             replicas.extend(replica_counters)
-        return RouterReport(self._router_id, tuple(models), tuple(replicas))
+        return RouterReport(self._router_id, tuple(models), tuple(replicas), self._control)
 
     async def _report_forever(self) -> None:
-        """A report every probe period; one that cannot be delivered must not stop the next."""
-        period_s = self._config.health.probe_period_s
+        """Two reports a probe period, and the news that comes back; one that cannot be delivered must not
+        stop the next."""
+        period_s = self._config.health.probe_period_s / 2
         failing = False
         while True:
             await asyncio.sleep(period_s)
             try:
-                await asyncio.wait_for(self._health.report.remote(self._report()), timeout=10 * period_s)
+                news: News = await asyncio.wait_for(
+                    self._health.report.remote(self._report()), timeout=10 * period_s
+                )
+                self._take(news)
                 failing = False
             except asyncio.CancelledError:
                 raise
@@ -124,3 +193,11 @@ class ClusterService:
                 if not failing:
                     logger.warning("reports are not delivered: %s: %s", type(error).__name__, error)
                 failing = True
+
+    def _take(self, news: News) -> None:
+        self._follow(news.control)
+        peers = dict(news.peers)
+        for dispatcher in self._dispatchers.values():
+            dispatcher.table.set_peers(peers)
+            dispatcher.table.set_suspects(news.suspects)
+            dispatcher.prefixes.learn(news.prefixes)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
 from blaze.api.app import create_app
-from blaze.routing.dispatcher import DispatchSettings
+from blaze.key_config import ApiKeyConfig
+from blaze.routing.affinity import Network
+from blaze.routing.settings import DispatchSettings
 from blaze.types import EngineKind, Request
 from tests.fakes import FakePool, FakeService
 
@@ -29,12 +31,21 @@ class ApiBench:
         echo_request_id: bool = True,
         max_body_bytes: int = 1 << 20,
         settings: DispatchSettings | None = None,
+        keys: Sequence[ApiKeyConfig] = (),
+        trusted_proxies: Sequence[Network] | None = (),
     ) -> None:
         self.pool = pool or FakePool(("a",))
         self.images = images or FakePool(("x",))
         pools = {model: self.pool, "d": self.images}
         self.service = FakeService(pools, kinds={"d": EngineKind.DIFFUSION}, settings=settings)
-        self.app = create_app(self.service, max_body_bytes=max_body_bytes, echo_request_id=echo_request_id)
+        self.app = create_app(
+            self.service,
+            max_body_bytes=max_body_bytes,
+            echo_request_id=echo_request_id,
+            keys=keys,
+            trusted_proxies=trusted_proxies,
+            clock=self.service.clock,
+        )
         # An exception that the application let through is a 500 for a client, not a traceback.
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://blaze")

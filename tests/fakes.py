@@ -10,11 +10,14 @@ from typing import Any, TypeAlias
 
 from blaze.api.report import metrics_text, status_object
 from blaze.api.service import ModelCard, Readiness
+from blaze.control import Change
 from blaze.errors import ModelNotFound, ReplicaLost
 from blaze.health.supervisor import HealthSettings, Supervisor
 from blaze.reports import Heartbeat, ReplicaCounters, RouterReport
-from blaze.routing.dispatcher import Dispatcher, DispatchSettings, RoutedStream
-from blaze.routing.replicas import ReplicaInfo
+from blaze.routing.dispatcher import Dispatcher
+from blaze.routing.replica import ReplicaInfo
+from blaze.routing.routed_stream import RoutedStream
+from blaze.routing.settings import DispatchSettings
 from blaze.routing.strategies import make_strategy
 from blaze.types import (
     ChoiceFinished,
@@ -94,6 +97,10 @@ class FakeCall:
     def hold(self) -> None:
         """The next batch waits for ``release`` again."""
         self._go.clear()
+
+    @property
+    def is_held(self) -> bool:
+        return not self._go.is_set()
 
     def hold_after(self, batches: int) -> None:
         """Give out so many batches more, then wait for ``release`` again."""
@@ -184,6 +191,7 @@ class FakeService:
         kinds = kinds or {}
         self.clock = clock or FakeClock()
         self.supervisor = Supervisor(HealthSettings(), self.clock)
+        self.changes: list[Change] = []
         self._cards = tuple(ModelCard(name, kinds.get(name, EngineKind.LLM), 1_700_000_000) for name in pools)
         self.dispatchers = {
             name: Dispatcher(
@@ -212,6 +220,9 @@ class FakeService:
     async def status(self) -> dict[str, Any]:
         self._report()
         return status_object(self._cards, self.supervisor.view(), self.readiness())
+
+    async def change(self, change: Change) -> None:
+        self.changes.append(change)
 
     async def metrics(self) -> bytes:
         self._report()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from blaze.routing.dispatcher import Dispatcher, DispatchSettings
+from blaze.routing.dispatcher import Dispatcher
+from blaze.routing.settings import DispatchSettings
 from blaze.routing.strategies import make_strategy
 from blaze.types import Event, Request, Usage
 from tests.fakes import FakeClock, FakePool
 from tests.samples import collect
+
+_AT_ONCE = {"deadline_grace_s": 0.0, "recheck_s": 0.0, "retry_pause": 0.0, "slow_start_s": 0.0}
 
 
 class RoutingBench:
@@ -25,7 +28,7 @@ class RoutingBench:
             make_strategy(strategy, rng=rng),
             clock=self.clock,
             rng=rng,
-            settings=DispatchSettings(**{"deadline_grace_s": 0.0, "recheck_s": 0.0} | settings),
+            settings=DispatchSettings(**_AT_ONCE | settings),
         )
 
     async def ask(self, request: Request) -> list[Event]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from blaze.reports import EngineStatus, Heartbeat
 from blaze.sampling_params import SamplingParams
 from blaze.types import (
+    Caller,
     ChatMessage,
     ChatPrompt,
     EngineKind,
@@ -28,10 +29,18 @@ from blaze.types import (
 
 
 def text_request(
-    prompt: Prompt | str = "hi", *, timeout_s: float | None = None, model: str = "m", **sampling: Any
+    prompt: Prompt | str = "hi",
+    *,
+    timeout_s: float | None = None,
+    model: str = "m",
+    priority: int = 0,
+    caller: Caller = Caller(),  # noqa: B008
+    **sampling: Any,
 ) -> GenerateRequest:
     given = ChatPrompt((ChatMessage("user", prompt),)) if isinstance(prompt, str) else prompt
-    return GenerateRequest("r-1", model, given, SamplingParams(**sampling), timeout_s)
+    return GenerateRequest(
+        "r-1", model, given, SamplingParams(**sampling), timeout_s, priority=priority, caller=caller
+    )
 
 
 def image_request(prompt: str = "seven", **options: Any) -> ImageRequest:

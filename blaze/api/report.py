@@ -12,18 +12,23 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from blaze.api.service import ModelCard, Readiness
-from blaze.health.supervisor import ClusterView
-from blaze.reports import TTFT_BUCKETS_S, ModelCounters, ReplicaState
+from blaze.health.supervisor import ClusterView, ReplicaHealth
+from blaze.reports import TTFT_BUCKETS_S, ModelCounters, ReplicaCounters, ReplicaState
 from blaze.version import __version__
 
 
-def status_object(cards: Sequence[ModelCard], view: ClusterView, readiness: Readiness) -> dict[str, Any]:
+def status_object(
+    cards: Sequence[ModelCard], view: ClusterView, readiness: Readiness, *, addresses: bool = True
+) -> dict[str, Any]:
+    """``addresses``: whether clients' are known, as `ip_hash` without sessions and users needs them."""
     models = view.models()
     return {
         "version": __version__,
         "ready": readiness.ready,
         "models": [_model_status(card, view, models.get(card.name)) for card in cards],
         "replicas": _replica_statuses(view),
+        "client_address": "available" if addresses else "unavailable",
+        "events": [asdict(event) for model in models.values() for event in model.events],
         "routers": [report.router_id for report in view.reports],
     }
 
@@ -37,6 +42,8 @@ def _model_status(card: ModelCard, view: ClusterView, counters: ModelCounters | 
         "replicas": len(states),
         "ready": states.count(ReplicaState.READY),
         "waiting": counters.waiting if counters else 0,
+        "retries": counters.retries if counters else 0,
+        "panic": counters.panic if counters else False,
         "requests": dict(counters.outcomes) if counters else {},
     }
 
@@ -54,9 +61,12 @@ def _replica_statuses(view: ClusterView) -> list[dict[str, Any]]:
                 "rank": beat.rank,
                 "node": beat.node,
                 "pid": beat.pid,
-                "state": replica.state.value,
+                "state": _state(replica, routed),
                 "in_flight": routed.in_flight if routed else 0,
                 "weight": routed.weight if routed else None,
+                "breaker": routed.breaker if routed else "closed",
+                "ewma_ms": routed.ewma_ms if routed else None,
+                "cost": routed.cost if routed else 0.0,
                 "requests": routed.requests if routed else 0,
                 "failures": routed.failures if routed else 0,
                 "running": beat.engine.running,
@@ -68,6 +78,11 @@ def _replica_statuses(view: ClusterView) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _state(replica: ReplicaHealth, routed: ReplicaCounters | None) -> str:
+    draining = routed is not None and routed.draining and replica.state is ReplicaState.READY
+    return (ReplicaState.DRAINING if draining else replica.state).value
 
 
 def metrics_text(view: ClusterView) -> bytes:
@@ -92,6 +107,15 @@ class _ClusterCollector(Collector):
         waiting = GaugeMetricFamily(
             "blaze_waiting_requests", "Requests without a replica yet.", labels=["model"]
         )
+        retries = CounterMetricFamily("blaze_retries", "Attempts after the first one.", labels=["model"])
+        panic = GaugeMetricFamily(
+            "blaze_router_panic",
+            "1 while breakers are ignored, for they refuse most replicas.",
+            labels=["model"],
+        )
+        breakers = CounterMetricFamily(
+            "blaze_breaker_transitions", "Breakers that came to this state.", labels=["model", "state"]
+        )
         ttft = HistogramMetricFamily(
             "blaze_time_to_first_content_seconds",
             "From the pick to the first token or image.",
@@ -104,8 +128,12 @@ class _ClusterCollector(Collector):
             tokens.add_metric([name, "completion"], model.completion_tokens)
             images.add_metric([name], model.images)
             waiting.add_metric([name], model.waiting)
+            retries.add_metric([name], model.retries)
+            panic.add_metric([name], model.panic)
+            for state, count in model.transitions:
+                breakers.add_metric([name, state], count)
             ttft.add_metric([name], _buckets(model), model.ttft_sum_s)
-        yield from (requests, tokens, images, waiting, ttft)
+        yield from (requests, tokens, images, waiting, retries, panic, breakers, ttft)
 
     def _replicas(self) -> Iterator[Metric]:
         in_flight = GaugeMetricFamily(

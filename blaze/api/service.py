@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from blaze.control import Change
 from blaze.errors import ErrorInfo
-from blaze.routing.dispatcher import RoutedStream
+from blaze.routing.routed_stream import RoutedStream
 from blaze.types import EngineKind, Events, ReplicaId, Request
 
 
@@ -58,6 +59,11 @@ class Service(Protocol):
 
     async def status(self) -> dict[str, Any]:
         """The cluster as JSON, the same whichever Router answers."""
+        ...
+
+    async def change(self, change: Change) -> None:
+        """Here at once, everywhere within a second. Raises :class:`blaze.errors.NotFound` for a model or
+        replica that there is not, and :class:`blaze.errors.InvalidRequest`."""
         ...
 
     async def metrics(self) -> bytes:

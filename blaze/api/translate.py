@@ -15,6 +15,7 @@ from blaze.api.schemas import ChatCompletionRequest, CompletionRequest, ImageGen
 from blaze.errors import ErrorInfo, InvalidRequest
 from blaze.sampling_params import SamplingParams
 from blaze.types import (
+    Caller,
     ChatMessage,
     ChatPrompt,
     ChoiceFinished,
@@ -36,7 +37,7 @@ _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 # --- Requests --------------------------------------------------------------------------------------
 
 
-def chat_request(body: ChatCompletionRequest, request_id: str) -> GenerateRequest:
+def chat_request(body: ChatCompletionRequest, request_id: str, caller: Caller) -> GenerateRequest:
     tools = body.tools if body.tools and body.tool_choice != "none" else None
     prompt = ChatPrompt(
         messages=tuple(_message(message) for message in body.messages),
@@ -47,10 +48,14 @@ def chat_request(body: ChatCompletionRequest, request_id: str) -> GenerateReques
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    return GenerateRequest(request_id, body.model, prompt, sampling, priority=body.priority or 0)
+    return GenerateRequest(
+        request_id, body.model, prompt, sampling, priority=body.priority or 0, caller=caller
+    )
 
 
-def completion_requests(body: CompletionRequest, request_id: str) -> tuple[GenerateRequest, ...]:
+def completion_requests(
+    body: CompletionRequest, request_id: str, caller: Caller
+) -> tuple[GenerateRequest, ...]:
     """One request per prompt. All have the seed that was given: each answers as it would alone."""
     sampling = _sampling(
         body,
@@ -67,12 +72,13 @@ def completion_requests(body: CompletionRequest, request_id: str) -> tuple[Gener
             prompt=TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
             sampling=sampling,
             priority=body.priority or 0,
+            caller=caller,
         )
         for number, prompt in enumerate(prompts)
     )
 
 
-def image_request(body: ImageGenerationRequest, request_id: str) -> ImageRequest:
+def image_request(body: ImageGenerationRequest, request_id: str, caller: Caller) -> ImageRequest:
     width, height = _size(body.size)
     return ImageRequest(
         request_id=request_id,
@@ -86,6 +92,7 @@ def image_request(body: ImageGenerationRequest, request_id: str) -> ImageRequest
         guidance_scale=body.guidance_scale,
         seed=body.seed,
         output_format=body.output_format or "png",
+        caller=caller,
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Protocol
 
 from blaze.reports import EngineStatus
-from blaze.types import Events, Request
+from blaze.results import Result
+from blaze.types import EngineKind, Events, Request
 
 
 class HealthCheckable(Protocol):
@@ -15,8 +16,27 @@ class HealthCheckable(Protocol):
         ...
 
 
-class Engine(HealthCheckable, Protocol):
+class Executable(Protocol):
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """What ``execute`` can do."""
+        ...
+
+    async def execute(self, operation: str, params: Mapping[str, object]) -> Result:
+        """One operation by name, to its end; of a batch, each answer or what kept it away.
+
+        A request without a seed is not given one: drawing seeds is the dispatcher's part. Cancelling
+        aborts the work. Raises :class:`blaze.errors.InvalidRequest` naming the parameter that is wrong
+        (``operation`` itself, for an unknown one), and what kept a single request from its answer.
+        """
+        ...
+
+
+class Engine(HealthCheckable, Executable, Protocol):
     """Takes requests, gives events. All methods are called on one event loop and never block it."""
+
+    @property
+    def kind(self) -> EngineKind: ...
 
     async def start(self) -> None:
         """Load the model. Raises :class:`blaze.errors.ModelSourceError` when it cannot be loaded."""

@@ -15,6 +15,7 @@ from contextlib import aclosing
 
 from blaze.clock import Clock, SystemClock
 from blaze.engine_config import SimulatorConfig
+from blaze.engines.operations import RunsOperations
 from blaze.errors import DeadlineExceeded, EngineFailure, InvalidRequest, ReplicaStopping
 from blaze.reports import EngineStatus
 from blaze.types import (
@@ -38,12 +39,16 @@ from blaze.types import (
 _WORDS = ("blaze", "keeps", "every", "stream", "alive", "while", "replicas", "come", "and", "go")
 
 
-class SimulatorEngine:
+class SimulatorEngine(RunsOperations):
+    kind = EngineKind.SIMULATOR
+
     def __init__(self, options: SimulatorConfig, *, rank: int = 0, clock: Clock | None = None) -> None:
         self._options = options
         self._slowdown = options.slowdown.get(rank, 1.0)
         self._fail_rate = options.fail_rate.get(rank, 0.0)
         self._hang = options.hang.get(rank, 0.0)
+        self._fail_for_s = options.fail_for_s.get(rank, 0.0)
+        self._first_request_at: float | None = None
         # Per replica and call, not per request: a retry elsewhere is a new draw.
         self._faults = random.Random(f"{options.seed}/{rank}")
         self._clock = clock or SystemClock()
@@ -63,7 +68,7 @@ class SimulatorEngine:
     async def get_health_status(self) -> EngineStatus:
         last = self._last_step_at
         return EngineStatus(
-            kind=EngineKind.SIMULATOR,
+            kind=self.kind,
             state="busy" if self._running else "idle",
             running=self._running,
             queued=self._queued,
@@ -109,7 +114,9 @@ class SimulatorEngine:
     async def _misbehave(self, deadline: float | None) -> None:
         # Both are drawn whatever the rates are: changing a rate does not change the answers of the others.
         fails, hangs = self._faults.random() < self._fail_rate, self._faults.random() < self._hang
-        if fails:
+        if self._first_request_at is None:
+            self._first_request_at = self._clock.now()
+        if fails or self._clock.now() < self._first_request_at + self._fail_for_s:
             raise EngineFailure("The simulator was told to fail this request.")
         if hangs:
             async with asyncio.timeout_at(deadline):

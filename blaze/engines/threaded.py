@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from blaze.clock import Clock, SystemClock
 from blaze.engines.channel import EventChannel
+from blaze.engines.operations import RunsOperations
 from blaze.engines.progress import StepCounter
 from blaze.errors import BlazeError, ReplicaStopping
 from blaze.reports import EngineStatus
-from blaze.types import EngineKind, Events, Failed, Request
+from blaze.types import Events, Failed, Request
 
 
 class Job(Protocol):
@@ -29,10 +30,8 @@ JobT = TypeVar("JobT", bound=Job)
 LoadedT = TypeVar("LoadedT")
 
 
-class ThreadedEngine(ABC, Generic[JobT, LoadedT]):
+class ThreadedEngine(RunsOperations, Generic[JobT, LoadedT]):
     """Requests are admitted on the event loop and served on the compute thread, which owns the model."""
-
-    kind: ClassVar[EngineKind]
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()

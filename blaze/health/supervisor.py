@@ -7,7 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from blaze.clock import Clock
-from blaze.reports import Heartbeat, ModelCounters, ReplicaCounters, ReplicaState, RouterReport
+from blaze.control import Change, Control
+from blaze.reports import (
+    Heartbeat,
+    ModelCounters,
+    News,
+    PeerLoad,
+    ReplicaCounters,
+    ReplicaState,
+    RouterReport,
+)
 from blaze.types import ReplicaId
 
 
@@ -57,12 +66,52 @@ class Supervisor:
         self._clock = clock
         self._heartbeats: dict[ReplicaId, tuple[float, Heartbeat]] = {}
         self._reports: dict[str, tuple[float, RouterReport]] = {}
+        self._control = Control()
 
     def heartbeat(self, heartbeat: Heartbeat) -> None:
         self._heartbeats[heartbeat.replica_id] = (self._clock.now(), heartbeat)
 
-    def report(self, report: RouterReport) -> None:
-        self._reports[report.router_id] = (self._clock.now(), report)
+    def report(self, report: RouterReport) -> News:
+        """Take a Router's account, and tell it what it should know."""
+        now = self._clock.now()
+        self._reports[report.router_id] = (now, report)
+        if report.control.version > self._control.version:  # from before this actor came back
+            self._control = report.control
+        self._forget_the_gone(now)
+        return News(
+            self._control,
+            self._loads_beside(report.router_id),
+            self._suspects(now),
+            tuple(
+                (id, beat.engine.prefixes)
+                for id, (_, beat) in self._heartbeats.items()
+                if beat.engine.prefixes
+            ),
+        )
+
+    def change(self, change: Change) -> Control:
+        """An operator's; every Router hears of it with its next report."""
+        self._control = self._control.after(change)
+        return self._control
+
+    def _loads_beside(self, router_id: str) -> tuple[tuple[ReplicaId, PeerLoad], ...]:
+        loads: dict[ReplicaId, PeerLoad] = {}
+        for other, (_, report) in self._reports.items():
+            if other != router_id:
+                for replica in report.replicas:
+                    known = loads.get(replica.replica_id, PeerLoad())
+                    loads[replica.replica_id] = PeerLoad(
+                        known.in_flight + replica.in_flight, known.cost + replica.cost
+                    )
+        return tuple(loads.items())
+
+    def _suspects(self, now: float) -> tuple[ReplicaId, ...]:
+        unwell = (ReplicaState.SUSPECT, ReplicaState.DEAD)
+        return tuple(
+            replica_id
+            for replica_id, (at, beat) in self._heartbeats.items()
+            if self._health(at, beat, now).state in unwell
+        )
 
     def goodbye(self, replica_id: ReplicaId) -> None:
         """The replica is stopping in good order."""
@@ -100,6 +149,9 @@ class Supervisor:
             del self._reports[router_id]
 
 
+_HOW_OPEN = ("closed", "half_open", "open")  # each Router has breakers of its own: the worst one is shown
+
+
 def _sum_replica(parts: list[ReplicaCounters]) -> ReplicaCounters:
     first = parts[0]
     return ReplicaCounters(
@@ -109,6 +161,10 @@ def _sum_replica(parts: list[ReplicaCounters]) -> ReplicaCounters:
         weight=first.weight,
         requests=sum(part.requests for part in parts),
         failures=sum(part.failures for part in parts),
+        cost=sum(part.cost for part in parts),
+        ewma_ms=max((part.ewma_ms for part in parts if part.ewma_ms is not None), default=None),
+        breaker=max((part.breaker for part in parts), key=_HOW_OPEN.index),
+        draining=any(part.draining for part in parts),
     )
 
 
@@ -116,7 +172,7 @@ def _sum_model(parts: list[ModelCounters]) -> ModelCounters:
     first = parts[0]
     return ModelCounters(
         model=first.model,
-        strategy=first.strategy,
+        strategy=" / ".join(dict.fromkeys(part.strategy for part in parts)),  # while a change spreads
         waiting=sum(part.waiting for part in parts),
         outcomes=_sum_outcomes(part.outcomes for part in parts),
         prompt_tokens=sum(part.prompt_tokens for part in parts),
@@ -124,6 +180,10 @@ def _sum_model(parts: list[ModelCounters]) -> ModelCounters:
         images=sum(part.images for part in parts),
         ttft_buckets=tuple(map(sum, zip(*(part.ttft_buckets for part in parts), strict=True))),
         ttft_sum_s=sum(part.ttft_sum_s for part in parts),
+        retries=sum(part.retries for part in parts),
+        panic=any(part.panic for part in parts),
+        transitions=_sum_outcomes(part.transitions for part in parts),
+        events=tuple(event for part in parts for event in part.events),
     )
 
 

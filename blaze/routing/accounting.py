@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from blaze.reports import TTFT_BUCKETS_S, ModelCounters
-from blaze.routing.replicas import Outcome
+from blaze.routing.outcome import Outcome
 from blaze.types import Usage
 
 

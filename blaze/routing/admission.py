@@ -1,22 +1,30 @@
-"""Waiting for a replica: a bounded first-in, first-out queue whose waits end with the deadline."""
+"""Waiting for a replica: a bounded queue by priority and arrival, whose waits end with the deadline."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from math import ceil
 from typing import TypeAlias
 
+from blaze.clock import Clock
 from blaze.errors import Overloaded
-from blaze.routing.replicas import Lease, Outcome
+from blaze.routing.outcome import Outcome
+from blaze.routing.replica import Lease
 
 Attempt: TypeAlias = Callable[[], Lease | None]
+
+_AGING_S = 10.0  # of waiting, worth as much as one level of priority: nobody starves
+_EWMA = 0.2
+_LONGEST_HINT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Ticket:
+    rank: tuple[float, int]
     attempt: Attempt
     selective: bool
     granted: asyncio.Future[Lease]
@@ -25,31 +33,45 @@ class _Ticket:
 class WaitingRoom:
     """Requests that nobody can take yet. Lives on one event loop.
 
-    A place that comes free is leased to the longest waiter there and then, inside :meth:`pump`: nobody
-    can slip in between, and no wake-up is lost.
+    A place that comes free is leased to the first in line there and then, inside :meth:`pump`: nobody can
+    slip in between, and no wake-up is lost.
     """
 
-    def __init__(self, *, max_queued: int, retry_after_s: float = 1.0) -> None:
+    def __init__(self, clock: Clock, *, max_queued: int) -> None:
+        self._clock = clock
         self._max_queued = max_queued
-        self._retry_after_s = retry_after_s
-        self._waiting: deque[_Ticket] = deque()
+        self._waiting: list[_Ticket] = []
+        self._serial = count()
+        self._granted_at: float | None = None
+        self._gap_s: float | None = None  # EWMA between one place that came free and the next
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def wait(self, attempt: Attempt, timeout_s: float, *, selective: bool = False) -> Lease:
-        """The first lease that ``attempt`` gets once it is this caller's turn.
+    async def wait(
+        self,
+        attempt: Attempt,
+        timeout_s: float,
+        *,
+        selective: bool = False,
+        priority: int = 0,
+        retry_after_s: Callable[[], float] | None = None,
+    ) -> Lease:
+        """The first lease that ``attempt`` gets once it is this caller's turn. Lower priorities come first.
 
         ``selective``: it refuses some replicas that others would take, so others may pass it by.
+        ``retry_after_s`` says when to come back, for whoever gets nothing.
 
         Raises :class:`Overloaded` at once when the queue is full, and when ``timeout_s`` has passed.
         """
+        hint = retry_after_s or self.expected_wait_s
         if len(self._waiting) >= self._max_queued:
             raise Overloaded(
-                "All replicas are busy and the waiting queue is full.", retry_after_s=self._hint()
+                "All replicas are busy and the waiting queue is full.", retry_after_s=_whole(hint())
             )
-        ticket = _Ticket(attempt, selective, asyncio.get_running_loop().create_future())
-        self._waiting.append(ticket)
+        rank = (self._clock.now() + priority * _AGING_S, next(self._serial))
+        ticket = _Ticket(rank, attempt, selective, asyncio.get_running_loop().create_future())
+        insort(self._waiting, ticket, key=_by_rank)
         self.pump()
         try:
             async with asyncio.timeout(timeout_s):
@@ -58,7 +80,7 @@ class WaitingRoom:
             if _is_granted(ticket):
                 return ticket.granted.result()
             raise Overloaded(
-                "No replica became free before the deadline.", retry_after_s=self._hint()
+                "No replica became free before the deadline.", retry_after_s=_whole(hint())
             ) from None
         except asyncio.CancelledError:
             if _is_granted(ticket):  # the caller left in the moment that its turn came
@@ -69,23 +91,41 @@ class WaitingRoom:
                 self._waiting.remove(ticket)
 
     def pump(self) -> None:
-        """Capacity may have come free: lease it out in order of arrival."""
-        passed_by: list[_Ticket] = []
-        while self._waiting:
-            ticket = self._waiting.popleft()
-            if ticket.granted.done():
-                continue
-            lease = ticket.attempt()
+        """Capacity may have come free: lease it out in order."""
+        place = 0
+        while place < len(self._waiting):
+            ticket = self._waiting[place]
+            lease = None if ticket.granted.done() else ticket.attempt()
             if lease is not None:
                 ticket.granted.set_result(lease)
-                continue
-            passed_by.append(ticket)
-            if not ticket.selective:
-                break  # what it does not get, nobody behind it gets
-        self._waiting.extendleft(reversed(passed_by))
+            if ticket.granted.done():
+                self._waiting.remove(ticket)
+                self._note_grant()
+            elif ticket.selective:
+                place += 1
+            else:
+                return  # what it does not get, nobody behind it gets
 
-    def _hint(self) -> float:
-        return float(ceil(self._retry_after_s))
+    def expected_wait_s(self) -> float:
+        """Until whoever came now would get a place, at the pace of the last ones."""
+        gap = 1.0 if self._gap_s is None else self._gap_s
+        return min(_LONGEST_HINT_S, gap * (len(self._waiting) + 1))
+
+    def _note_grant(self) -> None:
+        now = self._clock.now()
+        if self._granted_at is not None:
+            gap = now - self._granted_at
+            self._gap_s = gap if self._gap_s is None else self._gap_s + _EWMA * (gap - self._gap_s)
+        self._granted_at = now if self._waiting else None
+
+
+def _whole(seconds: float) -> float:
+    """As the header wants it."""
+    return float(max(1, ceil(seconds)))
+
+
+def _by_rank(ticket: _Ticket) -> tuple[float, int]:
+    return ticket.rank
 
 
 def _is_granted(ticket: _Ticket) -> bool:

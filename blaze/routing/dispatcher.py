@@ -8,20 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
+import math
 import random
+from collections import deque
+from collections.abc import Collection
 
 from blaze.checks import SEED_BOUND
 from blaze.clock import Clock
-from blaze.reports import ModelCounters, ReplicaCounters
+from blaze.errors import ErrorInfo, Overloaded
+from blaze.prompt_chain import PromptChain, prompt_chain
+from blaze.reports import BreakerEvent, ModelCounters, ReplicaCounters
 from blaze.routing.accounting import ModelAccount
 from blaze.routing.admission import WaitingRoom
+from blaze.routing.affinity import SessionTable
+from blaze.routing.breaker import BreakerBoard, BreakerState, Transition
+from blaze.routing.columns import Places, stable_hash
+from blaze.routing.cost import CostModel
+from blaze.routing.least import LeastConnections
+from blaze.routing.outcome import Outcome
 from blaze.routing.pool import ReplicaPool
-from blaze.routing.replicas import Lease, Outcome, ReplicaTable
-from blaze.routing.routed_stream import DispatchSettings, RoutedStream
-from blaze.routing.strategies import Strategy
+from blaze.routing.prefix_credit import PrefixCredit
+from blaze.routing.replica import Lease
+from blaze.routing.replicas import ReplicaTable
+from blaze.routing.retries import RetryBudget, pause_s
+from blaze.routing.routed_stream import RoutedStream, RoutingState
+from blaze.routing.settings import DispatchSettings
+from blaze.routing.strategy import Ask, Pick, Strategy
 from blaze.types import GenerateRequest, ReplicaId, Request
 
-__all__ = ["DispatchSettings", "Dispatcher", "RoutedStream"]
+logger = logging.getLogger(__name__)
+
+_COMPLAINT_EVERY_S = 60.0
+_EVENTS = 64  # of breakers, kept for whoever asks
 
 
 class Dispatcher:
@@ -38,60 +57,119 @@ class Dispatcher:
         settings: DispatchSettings,
     ) -> None:
         self.model = model
+        self.strategy = strategy  # may be replaced at any time: a pick is one call
         self._pool = pool
-        self._strategy = strategy
         self._clock = clock
         self._rng = rng
         self._settings = settings
-        self._table = ReplicaTable(cap=settings.max_in_flight, clock=clock)
-        self._room = WaitingRoom(max_queued=settings.max_queued)
-        self._table.on_capacity.append(self._room.pump)
+        self._events: deque[BreakerEvent] = deque(maxlen=_EVENTS)
+        self._transitions = dict.fromkeys(BreakerState, 0)
+        self.table = ReplicaTable(
+            cap=settings.max_in_flight,
+            clock=clock,
+            breakers=BreakerBoard(settings.breaker, clock, rng, self._on_transition),
+            slow_start_s=settings.slow_start_s,
+        )
+        self._costs = CostModel()
         self._account = ModelAccount(model)
+        self._state = RoutingState(
+            table=self.table,
+            account=self._account,
+            costs=self._costs,
+            clock=clock,
+            suspend_s=settings.suspend_s,
+            deadline_grace_s=settings.deadline_grace_s,
+        )
+        self._room = WaitingRoom(clock, max_queued=settings.max_queued)
+        self.table.on_capacity.append(self._room.pump)
+        self._sessions = SessionTable(clock, timeout_s=settings.sticky_session_timeout_s)
+        self.prefixes = PrefixCredit()
+        self._retries = RetryBudget()
+        self._fallback = LeastConnections(rng)
+        self._complained_at = -math.inf
         self._rechecking: asyncio.TimerHandle | None = None
-        pool.subscribe(self._table.sync)  # first: what is published from now on is not missed
-        self._table.sync(pool.live())
+        pool.subscribe(self.table.sync)  # first: what is published from now on is not missed
+        self.table.sync(pool.live())
 
     async def open(self, request: Request) -> RoutedStream:
         """Send the request to a replica and wait for the first content of its answer.
 
         A replica that fails before its first content costs an attempt on another one, up to
-        ``max_retries``, or ``max_lost`` where the replica went away. An error that no attempt got past is
-        the stream's only event, ``Failed``. Raises :class:`Overloaded` when no replica can take the request
-        before its deadline.
+        ``max_retries`` and as far as the budget for retries goes, or ``max_lost`` where the replica went
+        away. An error that no attempt got past is the stream's only event, ``Failed``. Raises
+        :class:`Overloaded` when no replica can take the request before its deadline.
         The caller owns the stream and must close it (it is an async context manager).
         """
         timeout_s = self._settings.request_timeout_s if request.timeout_s is None else request.timeout_s
         deadline = self._clock.now() + timeout_s
         request = self._with_seed(request)
+        cost, key, chain = self._costs.of(request), _key(request), self._chain(request)
         tried: list[ReplicaId] = []
         retries = lost = 0
         while True:
-            lease = await self._acquire(request, tried, deadline)
-            attempt = self._start(request, lease, deadline)
-            try:
-                await attempt.begin()
-            except BaseException:
-                await attempt.aclose()
-                raise
-            error = attempt.error
+            now = self._clock.now()
+            credit = self.prefixes.of(chain, self.table.columns, now) if chain else None
+            stream = await self._attempt(request, Ask(now, cost, key, credit), tried, deadline)
+            if chain:
+                self.prefixes.sent(chain, stream.replica_id, now)
+            error = stream.error
             if error is None or not error.retryable or self._clock.now() >= deadline:
-                return attempt
+                return stream
             # A replica that goes away is not the request's fault: it does not use up its retries.
             lost += error.replica_gone
             retries += not error.replica_gone
             if retries > self._settings.max_retries or lost > self._settings.max_lost:
-                return attempt
-            await attempt.aclose()
-            tried.append(lease.replica.id)
+                return stream
+            if not error.replica_gone and not self._retries.allows(self._active):
+                return stream
+            await stream.aclose()
+            tried.append(stream.replica_id)
+            await self._pause(error, retries)
+
+    async def _attempt(
+        self, request: Request, ask: Ask, tried: Collection[ReplicaId], deadline: float
+    ) -> RoutedStream:
+        lease = await self._acquire(request, ask, tried, deadline)
+        stream = self._start(request, lease, deadline)
+        try:
+            if tried:
+                with self._retries.spent():
+                    await stream.begin()
+            else:
+                await stream.begin()
+        except BaseException:
+            await stream.aclose()
+            raise
+        return stream
+
+    async def _pause(self, error: ErrorInfo, retries: int) -> None:
+        """Before a retry; a replica that is gone leaves nothing to wait for."""
+        if not error.replica_gone and self._settings.retry_pause > 0:
+            await asyncio.sleep(self._settings.retry_pause * pause_s(retries, self._rng))
 
     def counters(self) -> tuple[ModelCounters, tuple[ReplicaCounters, ...]]:
-        return self._account.counters(
-            strategy=self._strategy.name, waiting=len(self._room)
-        ), self._table.counters(self.model)
+        counters = self._account.counters(strategy=self.strategy.name, waiting=len(self._room))
+        counters = dataclasses.replace(
+            counters,
+            retries=self._retries.total,
+            panic=self.table.panic,
+            transitions=tuple((state.value, count) for state, count in self._transitions.items()),
+            events=tuple(self._events),
+        )
+        return counters, self.table.counters(self.model)
 
     @property
     def available_replicas(self) -> int:
-        return len(self._table.available())
+        return len(self.table.available())
+
+    def _chain(self, request: Request) -> PromptChain:
+        if self.strategy.wants_credit and isinstance(request, GenerateRequest):
+            return prompt_chain(request.prompt)
+        return ()
+
+    @property
+    def _active(self) -> int:
+        return self.table.in_flight + len(self._room)
 
     def _with_seed(self, request: Request) -> Request:
         # Drawn once, before the first attempt: a second attempt repeats the draws of the first.
@@ -104,27 +182,81 @@ class Dispatcher:
             return request
         return dataclasses.replace(request, seed=self._rng.randrange(SEED_BOUND))
 
-    async def _acquire(self, request: Request, tried: list[ReplicaId], deadline: float) -> Lease:
+    # --- Whose turn it is, and where ------------------------------------------------------------------
+
+    async def _acquire(
+        self, request: Request, ask: Ask, tried: Collection[ReplicaId], deadline: float
+    ) -> Lease:
         def attempt() -> Lease | None:
-            views = self._table.eligible(tried)
-            if not views and not self._table.available(tried):
-                views = self._table.eligible()  # nowhere else to go: where it has just failed
-            pick = self._strategy.choose(views, request)
-            return None if pick is None else self._table.lease(pick.replica_id)
+            if self._settings.routers > 1:
+                self.table.columns.peers_age_s = self._clock.now() - self.table.peers_known_at
+            eligible = self.table.eligible(tried)
+            if not len(eligible) and not len(self.table.available(tried)):
+                eligible = self.table.eligible()  # nowhere else to go: where it has just failed
+            if not len(eligible):
+                return None
+            pick = self._pick(request, eligible, ask)
+            return self.table.lease(pick.replica_id, cost=ask.cost, expires_at=deadline)
 
         if not self._room:  # whoever waits already comes first
             lease = attempt()
             if lease is not None:
                 return lease
+        if self.table.all_weights_are_zero:
+            raise Overloaded("All replicas of the model have weight 0.", retry_after_s=1)
         self._recheck_soon()
         remaining = max(0.0, deadline - self._clock.now())
-        return await self._room.wait(attempt, remaining, selective=bool(tried))
+        priority = request.priority if isinstance(request, GenerateRequest) else 0
+        return await self._room.wait(
+            attempt, remaining, selective=bool(tried), priority=priority, retry_after_s=self._retry_after_s
+        )
+
+    def _pick(self, request: Request, eligible: Places, ask: Ask) -> Pick:
+        session = request.caller.session_id if self._settings.sticky_sessions else None
+        if session is None:
+            return self._choose(eligible, ask)
+        kept = self._sessions.replica_of(session)
+        if kept is not None and self._is_among(kept, eligible):
+            return Pick(kept)
+        pick = self._choose(eligible, ask)
+        self._sessions.keep(session, pick.replica_id)
+        return pick
+
+    def _choose(self, eligible: Places, ask: Ask) -> Pick:
+        """A strategy that fails loses no request: least connections takes its place."""
+        try:
+            pick = self.strategy.choose(self.table.columns, eligible, ask)
+            if pick is not None and self._is_among(pick.replica_id, eligible):
+                return pick
+            self._complain(f"picked {pick}", None)
+        except Exception as error:
+            self._complain(f"raised {type(error).__name__}", error)
+        pick = self._fallback.choose(self.table.columns, eligible, ask)
+        assert pick is not None, "somebody is eligible"
+        return pick
+
+    def _is_among(self, replica_id: ReplicaId, eligible: Places) -> bool:
+        place = self.table.columns.place.get(replica_id)
+        return place is not None and bool((eligible == place).any())
+
+    def _complain(self, what: str, error: Exception | None) -> None:
+        now = self._clock.now()
+        if now - self._complained_at >= _COMPLAINT_EVERY_S:
+            self._complained_at = now
+            logger.error("%s: strategy %s %s", self.model, self.strategy.name, what, exc_info=error)
+
+    def _retry_after_s(self) -> float:
+        """When somebody may take a request again, as far as can be told."""
+        if len(self.table.available()):
+            return self._room.expected_wait_s()
+        change = self.table.breakers.next_change() - self._clock.now()
+        return change if math.isfinite(change) else self._settings.recheck_s
 
     def _recheck_soon(self) -> None:
         """While requests wait: suspensions end by time alone, and an empty pool has to be woken."""
         if self._rechecking is None:
             self._rechecking = asyncio.get_running_loop().call_later(self._settings.recheck_s, self._recheck)
-        if not self._table.available():
+        if not len(self.table.available()):
             self._pool.wake()
 
     def _recheck(self) -> None:
@@ -134,10 +266,34 @@ class Dispatcher:
             self._recheck_soon()
 
     def _start(self, request: Request, lease: Lease, deadline: float) -> RoutedStream:
+        self._costs.started(lease.cost)
+        self.table.columns.cost_cap = max(1e-9, self._settings.max_in_flight * self._costs.typical)
         remaining = max(0.0, deadline - self._clock.now())
         try:
             call = self._pool.call(lease.replica.id, dataclasses.replace(request, timeout_s=remaining))
         except BaseException:
             lease.release(Outcome.NEUTRAL)
             raise
-        return RoutedStream(call, lease, self._account, self._clock, deadline, self._table, self._settings)
+        return RoutedStream(request, call, lease, self._state, deadline)
+
+    def _on_transition(self, change: Transition) -> None:
+        logger.warning(
+            "%s: breaker of %s: %s: %s", self.model, change.replica_id, change.after, change.reason
+        )
+        self._transitions[change.after] += 1
+        self._events.append(
+            BreakerEvent(
+                self.model, change.replica_id, change.before.value, change.after.value, change.reason
+            )
+        )
+        if change.after is BreakerState.CLOSED:
+            self.table.closed(change.replica_id)
+
+
+def _key(request: Request) -> int | None:
+    """What requests that belong together have in common."""
+    caller = request.caller
+    for kind, name in (("session", caller.session_id), ("user", caller.user), ("address", caller.address)):
+        if name:
+            return stable_hash(f"{kind}:{name}")
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from blaze.routing.replicas import ReplicaInfo
+from blaze.routing.replica import ReplicaInfo
 from blaze.types import Events, ReplicaId, Request
 
 

@@ -1,152 +1,299 @@
-"""The router's own account of its replicas, and the lease that keeps the account balanced."""
+"""The router's own account of a model's replicas."""
 
 from __future__ import annotations
 
 import math
-from bisect import insort
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+import numpy as np
 
 from blaze.clock import Clock
-from blaze.reports import ReplicaCounters
+from blaze.errors import InvalidRequest, NotFound
+from blaze.reports import PeerLoad, ReplicaCounters
+from blaze.routing.breaker import BreakerBoard, Permit
+from blaze.routing.columns import Columns, Places
+from blaze.routing.least import peak_ewma
+from blaze.routing.outcome import Outcome
+from blaze.routing.replica import Lease, Replica, ReplicaInfo
 from blaze.types import ReplicaId
 
 _LONGEST_SUSPENSION_S = 30.0
-
-
-class Outcome(StrEnum):
-    """How an attempt ended, as far as its replica is concerned."""
-
-    SUCCESS = "success"
-    FAILURE = "failure"
-    NEUTRAL = "neutral"  # client errors, cancels and overload say nothing about the replica
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaInfo:
-    """A member of the live set, as the pool reports it."""
-
-    id: ReplicaId
-    node: str = ""
-    weight: float = 1.0
-
-
-class Replica:
-    """Mutable counters of one replica; satisfies :class:`blaze.routing.strategies.ReplicaView`."""
-
-    __slots__ = ("failures", "id", "in_flight", "lost_calls", "node", "requests", "suspended_until", "weight")
-
-    def __init__(self, info: ReplicaInfo) -> None:
-        self.id = info.id
-        self.node = info.node
-        self.weight = info.weight
-        self.in_flight = 0
-        self.requests = 0
-        self.failures = 0
-        self.lost_calls = 0  # in a row
-        self.suspended_until = -math.inf  # a call to it was lost: not picked before this time
-
-
-class Lease:
-    """One attempt on one replica: raises its in-flight count at once, and lowers it exactly once."""
-
-    __slots__ = ("_open", "_table", "replica")
-
-    def __init__(self, table: ReplicaTable, replica: Replica) -> None:
-        self._table = table
-        self.replica = replica
-        self._open = True
-        replica.in_flight += 1
-        replica.requests += 1
-
-    def release(self, outcome: Outcome) -> bool:
-        """Record the outcome; later calls change nothing. True for the call that counted."""
-        if not self._open:
-            return False
-        self._open = False
-        self.replica.in_flight -= 1
-        if outcome is Outcome.FAILURE:
-            self.replica.failures += 1
-        elif outcome is Outcome.SUCCESS:
-            self.replica.lost_calls = 0
-        self._table.released()
-        return True
+_LEAST_RAMP = 0.1
+_RAMP_STEP_S = 0.25
+_SUCCESS_EWMA = 0.1
+_FAILURE_S = 5.0  # a failure counts as slow, so that fast errors attract nothing
 
 
 class ReplicaTable:
     """The replicas of one model, sorted by id, kept in step with the pool's live set."""
 
-    def __init__(self, *, cap: int, clock: Clock) -> None:
+    def __init__(self, *, cap: int, clock: Clock, breakers: BreakerBoard, slow_start_s: float = 30.0) -> None:
+        self.columns = Columns()
+        self.breakers = breakers
+        self.on_capacity: list[Callable[[], None]] = []
+        self.panic = False
         self._cap = cap
         self._clock = clock
+        self._slow_start_s = slow_start_s
         self._by_id: dict[ReplicaId, Replica] = {}
-        self._sorted: list[Replica] = []
-        self.on_capacity: list[Callable[[], None]] = []
+        self._weights: dict[ReplicaId, float] = {}  # set by hand
+        self._drained: set[ReplicaId] = set()  # by hand, too
+        self.peers_known_at = -math.inf
+        self._usable = np.empty(0, bool)  # alive, ready, not draining, admitted, weight above 0
+        self._full = np.empty(0, bool)
+        self._eligible: Places | None = None  # to be looked up
+        self._look_again_at = -math.inf
 
     def __len__(self) -> int:
-        return len(self._sorted)
+        return len(self._by_id)
+
+    @property
+    def in_flight(self) -> int:
+        """Of this router, on all replicas."""
+        return sum(replica.in_flight for replica in self._by_id.values())
+
+    # --- Who there is --------------------------------------------------------------------------------
 
     def sync(self, live: Iterable[ReplicaInfo]) -> None:
         """Take over a new live set: those that stay keep their counters, a dead id leaves nothing behind."""
-        infos = {info.id: info for info in live}
+        infos, now = {info.id: info for info in live}, self._clock.now()
         for gone in self._by_id.keys() - infos.keys():
             del self._by_id[gone]
-        self._sorted = [replica for replica in self._sorted if replica.id in self._by_id]
         for replica_id, info in infos.items():
             if replica_id not in self._by_id:
-                replica = Replica(info)
-                self._by_id[replica_id] = replica
-                insort(self._sorted, replica, key=_by_id)
+                self._by_id[replica_id] = Replica(info, now)
+                self._by_id[replica_id].draining = replica_id in self._drained
+        self.breakers.sync(infos.keys())
+        self.columns.resize(infos)
+        for replica_id, info in infos.items():
+            weight = self._weights.get(replica_id, info.weight)
+            self.columns.weight[self.columns.place[replica_id]] = weight
+        self._full = np.array([self._by_id[id].in_flight >= self._cap for id in self.columns.ids], bool)
+        self.changed()
+
+    def changed(self) -> None:
+        """Whoever may be picked now: look again."""
+        self._look_again_at = -math.inf
         self._notify()
 
     def suspend(self, replica_id: ReplicaId, seconds: float) -> None:
         """A call to it was lost: do not pick it for a while, for twice as long after each loss in a row.
 
-        A dead replica leaves the live set in the meantime; one that was only out of reach for a moment is
-        picked again.
+        A dead replica leaves the live set meanwhile; one that was out of reach for a moment is picked again.
         """
-        replica = self._by_id.get(replica_id)
-        if replica is not None:
-            pause = min(_LONGEST_SUSPENSION_S, seconds * 2**replica.lost_calls)
+        replica, now = self._by_id.get(replica_id), self._clock.now()
+        if replica is not None and replica.suspended_until <= now:  # calls lost together are one loss
+            pause = min(_LONGEST_SUSPENSION_S, seconds * 2.0 ** min(replica.lost_calls, 32))
             replica.lost_calls += 1
-            replica.suspended_until = self._clock.now() + pause
+            replica.suspended_until = now + pause
+            self._look_again_at = -math.inf
 
-    def available(self, excluded: Collection[ReplicaId] = ()) -> Sequence[Replica]:
-        """Replicas that are alive as far as is known, full or not, sorted by id."""
+    def set_weight(self, replica_id: ReplicaId, weight: float) -> None:
+        """The operator's, from now on. Raises :class:`NotFound` and :class:`InvalidRequest`."""
+        place = self._place(replica_id)
+        if not math.isfinite(weight) or weight < 0:
+            raise InvalidRequest("weight: must be a number, at least 0", param="weight")
+        self._weights[replica_id] = weight
+        self.columns.weight[place] = weight
+        self.changed()
+
+    def set_draining(self, replica_id: ReplicaId, draining: bool) -> None:
+        self._place(replica_id)
+        (self._drained.add if draining else self._drained.discard)(replica_id)
+        self._by_id[replica_id].draining = draining
+        self.changed()
+
+    def follow(self, weights: Mapping[ReplicaId, float], drained: Collection[ReplicaId]) -> None:
+        """What operators have decided, also of replicas that are not there yet."""
+        self._weights, self._drained = dict(weights), set(drained)
+        for replica_id, place in self.columns.place.items():
+            self._by_id[replica_id].draining = replica_id in self._drained
+            if replica_id in self._weights:
+                self.columns.weight[place] = self._weights[replica_id]
+        self.changed()
+
+    def set_suspects(self, suspects: Collection[ReplicaId]) -> None:
+        """Replicas that do not answer. When that is all of them, it is rather who asks that is cut off."""
+        doubtful = set(suspects) & self._by_id.keys()
+        if len(doubtful) == len(self._by_id):
+            doubtful = set()
+        if doubtful != {replica.id for replica in self._by_id.values() if replica.suspect}:
+            for replica in self._by_id.values():
+                replica.suspect = replica.id in doubtful
+            self.changed()
+
+    def set_peers(self, loads: Mapping[ReplicaId, PeerLoad]) -> None:
+        """What the other Routers have in flight."""
+        self.peers_known_at = self._clock.now()
+        for replica in self._by_id.values():
+            replica.peers = loads.get(replica.id, PeerLoad())
+            self._write(replica)
+
+    def _place(self, replica_id: ReplicaId) -> int:
+        place = self.columns.place.get(replica_id)
+        if place is None:
+            raise NotFound(f"There is no replica {replica_id[:80]!r}.", param="id")
+        return place
+
+    def _place_of(self, replica: Replica) -> int | None:
+        """None: it is gone, even where another has come under its id."""
+        return self.columns.place.get(replica.id) if self._by_id.get(replica.id) is replica else None
+
+    # --- Who may be picked ---------------------------------------------------------------------------
+
+    def eligible(self, excluded: Collection[ReplicaId] = ()) -> Places:
+        """Replicas that may take one more request: their places, ascending."""
+        self._look()
+        if self._eligible is None:
+            self._eligible = np.flatnonzero(self._usable & ~self._full)
+        return self._without(self._eligible, excluded)
+
+    def available(self, excluded: Collection[ReplicaId] = ()) -> Places:
+        """Replicas that could take a request, full or not."""
+        self._look()
+        return self._without(np.flatnonzero(self._usable), excluded)
+
+    @property
+    def all_weights_are_zero(self) -> bool:
+        return len(self.columns) > 0 and not self.columns.weight.any()
+
+    def _without(self, places: Places, excluded: Collection[ReplicaId]) -> Places:
+        if not excluded:
+            return places
+        ids = self.columns.ids
+        return np.array([place for place in places.tolist() if ids[place] not in excluded], np.int64)
+
+    def _look(self) -> None:
+        """Breakers, suspensions and slow starts change by time alone."""
         now = self._clock.now()
-        return [r for r in self._sorted if r.suspended_until <= now and r.id not in excluded]
+        if now < self._look_again_at:
+            return
+        replicas = [self._by_id[id] for id in self.columns.ids]
+        again = min(
+            [self.breakers.next_change(), *(r.suspended_until for r in replicas if r.suspended_until > now)]
+        )
+        if self._slow_start_s > 0:
+            for place, replica in enumerate(replicas):
+                grown = (now - replica.joined_at) / self._slow_start_s
+                self.columns.ramp[place] = min(1.0, _LEAST_RAMP + (1 - _LEAST_RAMP) * grown)
+                if grown < 1:
+                    again = min(again, now + _RAMP_STEP_S)
+        ready = [r for r in replicas if not r.draining and not r.suspect and r.suspended_until <= now]
+        self.panic = 2 * self.breakers.refusing([r.id for r in ready]) > len(ready)
+        admitted = {r.id for r in ready if self.panic or self.breakers.admits(r.id)}
+        usable = np.array([id in admitted for id in self.columns.ids], bool)
+        self._usable = usable & (self.columns.weight > 0)
+        self._eligible = None
+        self._look_again_at = again
 
-    def eligible(self, excluded: Collection[ReplicaId] = ()) -> Sequence[Replica]:
-        """Replicas that may take one more request, sorted by id."""
-        now, cap = self._clock.now(), self._cap
-        return [
-            r for r in self._sorted if r.in_flight < cap and r.suspended_until <= now and r.id not in excluded
-        ]
+    # --- Requests ------------------------------------------------------------------------------------
 
-    def lease(self, replica_id: ReplicaId) -> Lease:
-        return Lease(self, self._by_id[replica_id])
+    def lease(self, replica_id: ReplicaId, *, cost: float = 1.0, expires_at: float = math.inf) -> Lease:
+        """One request more. ``expires_at``: its deadline, when a probe's leave ends too."""
+        replica, now = self._by_id[replica_id], self._clock.now()
+        permit = self.breakers.take(replica_id, expires_at)
+        if permit.probe:
+            self._look_again_at = -math.inf
+        lease = Lease(self, replica, permit, cost, now)
+        replica.in_flight += 1
+        replica.requests += 1
+        replica.cost += cost
+        replica.waiting[lease] = now
+        replica.speed.began(now)
+        self._write(replica)
+        return lease
 
-    def released(self) -> None:
+    def recost(self, lease: Lease, cost: float) -> None:
+        lease.replica.cost += cost - lease.cost
+        lease.cost = cost
+        self._write(lease.replica)
+
+    def first_content(self, lease: Lease, response_s: float | None) -> None:
+        lease.replica.waiting.pop(lease, None)
+        if response_s is not None:
+            self._observe(lease.replica, response_s)
+        self._write(lease.replica)
+
+    def released(self, lease: Lease, permit: Permit, outcome: Outcome, response_s: float | None) -> None:
+        replica, now = lease.replica, self._clock.now()
+        replica.in_flight -= 1
+        replica.cost = replica.cost - lease.cost if replica.in_flight else 0.0  # no rounding errors add up
+        silent = replica.waiting.pop(lease, None) is not None
+        replica.speed.ended(
+            now, lease.cost if outcome is Outcome.SUCCESS else 0.0, idle=not replica.in_flight
+        )
+        place = self._place_of(replica)
+        if outcome is Outcome.FAILURE:
+            replica.failures += 1
+            waited_s = now - lease.started_at if silent else 0.0  # how long a stream ran says nothing
+            self._observe(replica, max(waited_s, _FAILURE_S, response_s or 0.0))
+        elif outcome is Outcome.SUCCESS:
+            replica.lost_calls = 0
+            if response_s is not None:
+                self._observe(replica, response_s)
+        if place is not None:
+            if outcome is not Outcome.NEUTRAL:
+                success = self.columns.success
+                success[place] += _SUCCESS_EWMA * ((outcome is Outcome.SUCCESS) - success[place])
+            self.columns.drain[place] = replica.speed.drain
+        self._write(replica)
+        before = self.breakers.version
+        self.breakers.settle(permit, outcome)
+        if self.breakers.version != before:
+            self._look_again_at = -math.inf
         self._notify()
+
+    def closed(self, replica_id: ReplicaId) -> None:
+        """Its breaker has closed: it starts slowly again."""
+        if replica_id in self._by_id:
+            self._by_id[replica_id].joined_at = self._clock.now()
+
+    def _observe(self, replica: Replica, seconds: float) -> None:
+        place = self._place_of(replica)
+        if place is None or not math.isfinite(seconds):
+            return
+        now, columns = self._clock.now(), self.columns
+        age_s = now - columns.measured_at[place]
+        columns.response[place] = peak_ewma(columns.response[place], age_s, seconds)
+        columns.measured_at[place] = now
+
+    def _write(self, replica: Replica) -> None:
+        """Its counters into the columns; a replica that is gone has none."""
+        place = self._place_of(replica)
+        if place is None:
+            return
+        columns = self.columns
+        columns.in_flight[place] = replica.in_flight + replica.peers.in_flight
+        columns.cost[place] = replica.cost + replica.peers.cost
+        columns.waiting_since[place] = next(iter(replica.waiting.values()), math.inf)
+        full = replica.in_flight >= self._cap
+        if full != self._full[place]:
+            self._full[place] = full
+            self._eligible = None
 
     def _notify(self) -> None:
         for listener in self.on_capacity:
             listener()
 
+    # --- For reports ---------------------------------------------------------------------------------
+
     def counters(self, model: str) -> tuple[ReplicaCounters, ...]:
+        self._look()
         return tuple(
-            ReplicaCounters(
-                replica_id=r.id,
-                model=model,
-                in_flight=r.in_flight,
-                weight=r.weight,
-                requests=r.requests,
-                failures=r.failures,
-            )
-            for r in self._sorted
+            self._counters(model, self._by_id[id], place) for place, id in enumerate(self.columns.ids)
         )
 
-
-def _by_id(replica: Replica) -> ReplicaId:
-    return replica.id
+    def _counters(self, model: str, replica: Replica, place: int) -> ReplicaCounters:
+        response = self.columns.response[place]
+        return ReplicaCounters(
+            replica_id=replica.id,
+            model=model,
+            in_flight=replica.in_flight,
+            weight=float(self.columns.weight[place]),
+            requests=replica.requests,
+            failures=replica.failures,
+            cost=replica.cost,
+            ewma_ms=None if math.isnan(response) else float(response) * 1000,
+            breaker=self.breakers.state(replica.id).value,
+            draining=replica.draining,
+        )

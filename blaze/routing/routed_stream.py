@@ -1,4 +1,4 @@
-"""One request's answer on its way through the router."""
+"""One request's answer on its way through the router: events, outcome, what it says of the replica."""
 
 from __future__ import annotations
 
@@ -10,54 +10,47 @@ from typing import Self
 from blaze.clock import Clock
 from blaze.errors import BlazeError, DeadlineExceeded, EngineFailure, ErrorInfo
 from blaze.routing.accounting import ModelAccount
+from blaze.routing.cost import OUTPUT_TOKEN, PROMPT_TOKEN, CostModel
+from blaze.routing.outcome import Outcome
 from blaze.routing.pool import ReplicaCall
-from blaze.routing.replicas import Lease, Outcome, ReplicaTable
-from blaze.types import Event, Events, Failed, Finished, Progress, Started
+from blaze.routing.replica import Lease
+from blaze.routing.replicas import ReplicaTable
+from blaze.types import Event, Events, Failed, Finished, GenerateRequest, Progress, Request, Started
 
 
 @dataclass(frozen=True, slots=True)
-class DispatchSettings:
-    max_retries: int = 2  # further attempts after an error
-    max_lost: int = 8  # further attempts after a replica went away
-    request_timeout_s: float = 600.0
-    max_queued: int = 256
-    max_in_flight: int = 64  # per replica, from this dispatcher
-    suspend_s: float = 2.0  # after a lost call; longer than a dead replica takes to leave the live set
-    recheck_s: float = 0.5  # how often waiting requests look again without being told to
-    deadline_grace_s: float = 1.0  # for the engine to say itself that the deadline has passed
+class RoutingState:
+    """What the answers of one model share."""
+
+    table: ReplicaTable
+    account: ModelAccount
+    costs: CostModel
+    clock: Clock
+    suspend_s: float
+    deadline_grace_s: float
 
 
 class RoutedStream:
-    """One request's answer: batches of events that end with exactly one terminal event."""
+    """Batches of events that end with exactly one terminal event."""
 
     def __init__(
-        self,
-        call: ReplicaCall,
-        lease: Lease,
-        account: ModelAccount,
-        clock: Clock,
-        deadline: float,
-        table: ReplicaTable,
-        settings: DispatchSettings,
+        self, request: Request, call: ReplicaCall, lease: Lease, state: RoutingState, deadline: float
     ) -> None:
-        self._settings = settings
         self.replica_id = lease.replica.id
         self.error: ErrorInfo | None = None  # when the answer is nothing but an error
+        self._request = request
         self._call = call
         self._lease = lease
-        self._account = account
-        self._clock = clock
-        self._opened_at = clock.now()
-        self._table = table
+        self._state = state
         self._first: Events = ()
         self._ended = False
         # The engine keeps the deadline itself and says so; who says nothing for a while longer has failed.
         # One timer for all of the answer: one per batch would be a good part of what a batch costs.
-        self._patience_ends = deadline + settings.deadline_grace_s
+        self._patience_ends = deadline + state.deadline_grace_s
         self._reader: asyncio.Task[object] | None = None
         self._gave_up = False
         self._timer = asyncio.get_running_loop().call_later(
-            max(0.0, self._patience_ends - clock.now()), self._give_up
+            max(0.0, self._patience_ends - state.clock.now()), self._give_up
         )
 
     async def begin(self) -> None:
@@ -72,8 +65,8 @@ class RoutedStream:
                 self._first = (last,)
                 return
             if any(map(_is_content, events)):
-                self._account.first_content(self._clock.now() - self._opened_at)
                 self._first = events
+                self._note_first_content(events)
                 return
 
     def __aiter__(self) -> Self:
@@ -91,17 +84,17 @@ class RoutedStream:
         events = await self._receive()
         last = events[-1]
         if isinstance(last, Finished):
-            self._end(Outcome.SUCCESS)
-            self._account.finished(last.usage)
+            self._finished(last)
         elif isinstance(last, Failed):
             if last.error.replica_gone:
-                self._table.suspend(self.replica_id, self._settings.suspend_s)
-            self._end(Outcome.FAILURE if last.error.is_failure or self._gave_up else Outcome.NEUTRAL)
+                self._state.table.suspend(self.replica_id, self._state.suspend_s)
+            failed = last.error.is_failure or self._gave_up
+            self._end(Outcome.FAILURE if failed else Outcome.NEUTRAL, last.error.retry_after_s)
         return events
 
     async def _receive(self) -> Events:
         """The next batch; whatever goes wrong is a terminal event."""
-        if self._clock.now() >= self._patience_ends:
+        if self._state.clock.now() >= self._patience_ends:
             self._give_up()
             return _TOO_LATE
         reader = self._reader = asyncio.current_task()
@@ -127,11 +120,38 @@ class RoutedStream:
         if self._reader is not None:
             self._reader.cancel()
 
-    def _end(self, outcome: Outcome) -> None:
+    # --- What the answer says of its replica ---------------------------------------------------------
+
+    def _note_first_content(self, events: Events) -> None:
+        state, request = self._state, self._request
+        after_s = state.clock.now() - self._lease.started_at
+        state.account.first_content(after_s)
+        # A picture comes whole: its time is known at the end, and is only then comparable.
+        self._lease.first_content(after_s if isinstance(request, GenerateRequest) else None)
+        first = events[0]
+        if isinstance(first, Started) and first.prompt_token_ids and isinstance(request, GenerateRequest):
+            count = len(first.prompt_token_ids)
+            self._lease.recost(state.costs.of_text(request, count, cached_tokens=0))
+
+    def _finished(self, event: Finished) -> None:
+        state, usage = self._state, event.usage
+        response_s: float | None = None
+        if isinstance(self._request, GenerateRequest):
+            uncached = max(0, usage.prompt_tokens - usage.cached_tokens)
+            self._lease.recost(PROMPT_TOKEN * uncached + OUTPUT_TOKEN * usage.completion_tokens)
+            state.costs.finished(usage.completion_tokens / self._request.sampling.n)
+        else:
+            # Of a request of typical cost, for pictures differ in steps and size.
+            took_s = state.clock.now() - self._lease.started_at
+            response_s = took_s * state.costs.typical / self._lease.cost
+        self._end(Outcome.SUCCESS, response_s)
+        state.account.finished(usage)
+
+    def _end(self, outcome: Outcome, response_s: float | None = None) -> None:
         self._ended = True
         self._timer.cancel()
-        if self._lease.release(outcome):
-            self._account.outcome(outcome)
+        if self._lease.release(outcome, response_s=response_s):
+            self._state.account.outcome(outcome)
 
     async def aclose(self) -> None:
         """Give everything back. An answer that was not read to its end counts as cancelled: neutral."""

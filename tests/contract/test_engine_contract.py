@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,9 @@ from blaze.config import cache_dir
 from blaze.engine_config import DiffusionConfig, LLMConfig, SimulatorConfig
 from blaze.engines.base import Engine
 from blaze.engines.simulator import SimulatorEngine
+from blaze.errors import InvalidRequest, UnsupportedOperation
 from blaze.models.sources import parse_source
+from blaze.results import Batch, Generation, whole
 from blaze.types import (
     ChoiceFinished,
     EngineKind,
@@ -29,6 +32,8 @@ from blaze.types import (
     TextDelta,
     TextPrompt,
 )
+from tests.fake_engine import FakeEngine
+from tests.fakes import FakeCall
 from tests.samples import collect, image_request, terminals, text_request
 from tests.waiting import until_status
 
@@ -46,6 +51,10 @@ class Subject:
     @property
     def writes_text(self) -> bool:
         return isinstance(self.short, GenerateRequest)
+
+    @property
+    def batch_operation(self) -> str:
+        return "batch_generate" if self.writes_text else "generate_batch"
 
 
 def simulator() -> Subject:
@@ -87,8 +96,14 @@ def image_model() -> Subject:
     )
 
 
+def fake() -> Subject:
+    options: dict[str, Any] = {"inter_token_ms": 1, "tokens": 10**6, "slots": 2}
+    return replace(simulator(), make=lambda: FakeEngine(**options))
+
+
 ENGINES = [
     pytest.param(simulator, id="simulator"),
+    pytest.param(fake, id="fake"),
     pytest.param(language_model, id="llm", marks=pytest.mark.models),
     pytest.param(image_model, id="diffusion", marks=pytest.mark.models),
 ]
@@ -110,6 +125,14 @@ async def engine(subject: Subject) -> AsyncIterator[Engine]:
 
 async def ask(engine: Engine, request: Request) -> list[Event]:
     return await collect(engine.run(request))
+
+
+def params(request: Request) -> dict[str, Any]:
+    """The request as the parameters of ``generate``."""
+    if isinstance(request, GenerateRequest):
+        return {"prompt": request.prompt, **vars(request.sampling)}
+    names = ("prompt", "n", "seed", "num_inference_steps")
+    return {name: getattr(request, name) for name in names}
 
 
 async def test_an_answer_ends_with_exactly_one_terminal_event(subject: Subject, engine: Engine) -> None:
@@ -232,3 +255,54 @@ async def test_status_tells_kind_steps_and_their_age(subject: Subject, engine: E
     assert after.steps_done > before.steps_done
     assert after.last_step_age_s is not None
     assert after.last_step_age_s >= 0
+
+
+async def test_generate_is_the_whole_of_what_run_gives(subject: Subject, engine: Engine) -> None:
+    assert "generate" in engine.operations
+    made = await engine.execute("generate", params(subject.short))
+    expected = await whole(subject.short, FakeCall([tuple(await ask(engine, subject.short))]))
+    assert not isinstance(made, Batch)
+    assert replace(made, usage=expected.usage) == expected  # what was cached may differ
+    assert isinstance(made, Generation) == subject.writes_text
+
+
+async def test_a_batch_gives_every_prompt_its_answer_in_order(subject: Subject, engine: Engine) -> None:
+    assert subject.batch_operation in engine.operations
+    given = params(subject.short)
+    other = TextPrompt("ho") if subject.writes_text else "eight"
+    prompts = [given.pop("prompt"), other]
+    made = await engine.execute(subject.batch_operation, given | {"prompts": prompts})
+    assert isinstance(made, Batch)
+    alone = [await engine.execute("generate", given | {"prompt": prompt}) for prompt in prompts]
+    for answer, expected in zip(made.answers, alone, strict=True):
+        assert not isinstance(expected, Batch)
+        assert replace(answer, usage=expected.usage) == expected
+    assert made.errors == ()
+
+
+async def test_what_execute_cannot_do_is_said_and_costs_nothing(subject: Subject, engine: Engine) -> None:
+    given = params(subject.short)
+    for operation in ("embed" if subject.writes_text else "upscale", "no_such_thing"):
+        assert operation not in engine.operations
+        with pytest.raises(InvalidRequest) as caught:
+            await engine.execute(operation, given)
+        assert caught.value.param == "operation"
+        assert isinstance(caught.value, UnsupportedOperation) == (operation != "no_such_thing")
+    for wrong in ({"n": 0}, {"no_such_thing": 1}):
+        with pytest.raises(InvalidRequest) as caught:
+            await engine.execute("generate", given | wrong)
+        assert [caught.value.param] == list(wrong)
+    assert (await engine.get_health_status()).work_pending == 0
+
+
+async def test_a_cancelled_operation_leaves_nothing_running(subject: Subject, engine: Engine) -> None:
+    task = asyncio.create_task(engine.execute("generate", params(subject.endless)))
+    await until_status(engine, running=1)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert (await engine.get_health_status()).work_pending == 0
+    await until_status(engine, state="idle")
+
+
+async def test_the_kind_is_the_same_wherever_it_is_told(subject: Subject, engine: Engine) -> None:
+    assert engine.kind is subject.kind is (await engine.get_health_status()).kind

@@ -14,11 +14,13 @@ from typing import Protocol
 import pytest
 
 from blaze.errors import ReplicaLost
+from blaze.local_pool import LocalPool
 from blaze.routing.pool import ReplicaCall, ReplicaPool
-from blaze.routing.replicas import ReplicaInfo
+from blaze.routing.replica import ReplicaInfo
 from blaze.types import Finished, ReplicaId, Request, Started
 from tests.cluster.ray_pool import MODEL, ray_pool
 from tests.cluster.served import Served, served, simulator
+from tests.fake_engine import FakeEngine
 from tests.fakes import FakePool
 from tests.samples import collect, terminals, text_request
 from tests.waiting import until
@@ -80,19 +82,47 @@ async def fake_pool() -> AsyncIterator[Harness]:
     yield harness
 
 
+class LocalHarness:
+    def __init__(self) -> None:
+        self.pool = LocalPool()
+        self._engines = {id: FakeEngine(inter_token_ms=1, tokens=10**6) for id in ("a", "b")}
+        for replica_id, engine in self._engines.items():
+            self.pool.add(ReplicaInfo(replica_id), engine)
+        self.short: Request = text_request(max_tokens=1)
+        self.endless: Request = text_request(max_tokens=10**6)
+
+    async def lose(self, replica_id: ReplicaId) -> None:
+        self.pool.lose(replica_id, ReplicaLost("The engine has failed."))
+
+    async def served(self, replica_id: ReplicaId) -> int:
+        return len(self._engines[replica_id].requests)
+
+    async def working(self) -> int:
+        statuses = [await engine.get_health_status() for engine in self._engines.values()]
+        return sum(status.work_pending for status in statuses)
+
+
+@asynccontextmanager
+async def local_pool() -> AsyncIterator[Harness]:
+    yield LocalHarness()
+
+
 @pytest.fixture(scope="module")
 def app() -> Iterator[Served]:
     with served([simulator("sim", **MODEL)]) as running:
         yield running
 
 
-POOLS = ["fake", pytest.param("ray", marks=[pytest.mark.cluster, pytest.mark.ray_driver])]
+POOLS = ["fake", "local", pytest.param("ray", marks=[pytest.mark.cluster, pytest.mark.ray_driver])]
 
 
 @pytest.fixture(params=POOLS)
 async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
     made: AbstractAsyncContextManager[Harness]
-    made = fake_pool() if request.param == "fake" else ray_pool(request.getfixturevalue("app"))
+    if request.param == "ray":
+        made = ray_pool(request.getfixturevalue("app"))
+    else:
+        made = fake_pool() if request.param == "fake" else local_pool()
     async with made as found:
         yield found
 
@@ -101,10 +131,11 @@ def first(harness: Harness) -> ReplicaId:
     return harness.pool.live()[0].id
 
 
-def test_it_satisfies_the_protocols() -> None:
-    pool: ReplicaPool = FakePool()
-    call: ReplicaCall = pool.call("a", text_request())
-    assert call.__aiter__() is call
+async def test_it_satisfies_the_protocols() -> None:
+    pools: list[ReplicaPool] = [FakePool(), LocalPool()]
+    for pool in pools:
+        call: ReplicaCall = pool.call("a", text_request())
+        assert call.__aiter__() is call
 
 
 async def test_the_live_set_lists_every_replica_once(harness: Harness) -> None:

@@ -14,7 +14,7 @@ from blaze.errors import (
     Overloaded,
     ReplicaLost,
 )
-from blaze.routing.dispatcher import DispatchSettings
+from blaze.routing.settings import DispatchSettings
 from blaze.types import Started, TextDelta
 from tests.api_bench import MESSAGES, ApiBench, assert_refused, error_of
 from tests.fakes import FakePool, Script

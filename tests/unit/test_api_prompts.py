@@ -10,7 +10,7 @@ import pytest
 
 from blaze.api.merged import MergedStream
 from blaze.errors import EngineFailure, InvalidRequest
-from blaze.routing.dispatcher import DispatchSettings
+from blaze.routing.settings import DispatchSettings
 from blaze.types import (
     ChoiceFinished,
     Events,

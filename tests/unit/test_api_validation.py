@@ -46,7 +46,7 @@ async def test_case_01_max_tokens_of_a_wrong_kind_is_refused(path: str, value: A
 @pytest.mark.parametrize(
     ("path", "extra"),
     [
-        (CHAT, {"foo": 1, "metadata": {}, "store": True, "user": "u", "stream_otpions": {}}),
+        (CHAT, {"foo": 1, "metadata": {}, "store": True, "stream_otpions": {}}),
         (CHAT, {"messages": [{**MESSAGES[0], "id": 7, "opts": {}}]}),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "x": 1}]}]}),
         (COMPLETION, {"foo": 1, "bar": math.nan}),
@@ -262,7 +262,7 @@ async def test_image_options_reach_the_engine_under_their_names() -> None:
         output_format="webp",
     )
     assert request == ImageRequest(
-        "", "d", "seven", "blurry", 2, 64, 32, 7, 3.0, 5, "webp", timeout_s=request.timeout_s
+        "", "d", "seven", "blurry", 2, 64, 32, 7, 3.0, 5, "webp", request.timeout_s, request.caller
     )
 
 

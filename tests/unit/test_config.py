@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from blaze.config import (
-    AVAILABLE_STRATEGIES,
+    STRATEGIES,
     BlazeConfig,
     blaze_application,
     cache_dir,
@@ -17,6 +17,7 @@ from blaze.config import (
     state_dir,
 )
 from blaze.errors import ConfigError
+from blaze.routing.strategies import STRATEGY_NAMES
 from blaze.types import EngineKind
 
 SIM: dict[str, Any] = {"name": "sim", "engine": "simulator"}
@@ -56,8 +57,8 @@ def test_a_minimal_config_has_the_documented_defaults() -> None:
     assert (model.simulator_options.slots, model.simulator_options.tokens) == (8, 16)
 
 
-@pytest.mark.parametrize("name", AVAILABLE_STRATEGIES)
-def test_available_strategies_are_accepted(name: str) -> None:
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_all_strategies_are_accepted(name: str) -> None:
     assert parse(router={"strategy": name}).router.strategy == name
 
 
@@ -167,12 +168,30 @@ def test_case_27_fields_that_do_not_fit_together_are_named(fields: dict[str, Any
     assert names in message
 
 
-@pytest.mark.parametrize("name", ["weighted_round_robin", "least_response_time", "ip_hash", "adaptive"])
-def test_a_strategy_of_a_later_version_is_refused_with_those_there_are(name: str) -> None:
-    message = refusal(router={"strategy": name})
-    assert message.startswith("router")
-    assert repr(name) in message
-    assert all(known in message for known in AVAILABLE_STRATEGIES)
+def test_an_unknown_strategy_is_refused_with_those_there_are() -> None:
+    message = refusal(router={"strategy": "fastest"})
+    assert message.startswith("router.strategy")
+    assert all(known in message for known in STRATEGIES)
+
+
+def test_the_names_in_configs_are_those_of_the_router() -> None:
+    assert sorted(STRATEGIES) == sorted(STRATEGY_NAMES)
+
+
+@pytest.mark.parametrize("proxies", [["10.0.0.0/8", "::1"], ["127.0.0.1"], []])
+def test_proxies_are_addresses_and_networks(proxies: list[str]) -> None:
+    assert parse(router={"trusted_proxies": proxies}).router.trusted_proxies == tuple(proxies)
+
+
+@pytest.mark.parametrize("proxy", ["localhost", "10.0.0.0/33", ""])
+def test_a_proxy_that_is_no_address_is_named(proxy: str) -> None:
+    message = refusal(router={"trusted_proxies": ["10.0.0.1", proxy]})
+    assert "router.trusted_proxies" in message
+    assert repr(proxy) in message
+
+
+def test_breaker_timeouts_out_of_order_are_refused() -> None:
+    assert "recovery_timeout" in refusal(router={"breaker": {"recovery_timeout": 90}})
 
 
 def test_duplicate_names_are_refused() -> None:

@@ -90,6 +90,8 @@ async def test_status_tells_models_and_replicas() -> None:
         "replicas": 1,
         "ready": 1,
         "waiting": 0,
+        "retries": 1,
+        "panic": False,
         "requests": {"success": 2, "failure": 1, "neutral": 0},
     }
     assert (body["models"][1]["replicas"], body["models"][1]["ready"]) == (1, 0)
@@ -102,6 +104,8 @@ async def test_status_tells_models_and_replicas() -> None:
         "state": "ready",
         "in_flight": 0,
         "weight": 1.0,
+        "breaker": "closed",
+        "cost": 0.0,
         "requests": 3,
         "failures": 1,
         "running": 1,

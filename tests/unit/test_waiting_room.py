@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
 import pytest
 
 from blaze.errors import Overloaded
 from blaze.routing.admission import WaitingRoom
-from blaze.routing.replicas import Lease, Outcome, ReplicaInfo, ReplicaTable
+from blaze.routing.breaker import BreakerBoard
+from blaze.routing.outcome import Outcome
+from blaze.routing.replica import Lease, ReplicaInfo
+from blaze.routing.replicas import ReplicaTable
+from blaze.routing.trip import BreakerSettings
 from tests.fakes import FakeClock
 from tests.waiting import until
 
@@ -16,14 +21,16 @@ FOREVER_S = 3600.0
 class Desk:
     """One replica that takes ``cap`` requests, and a waiting room in front of it."""
 
-    def __init__(self, *, cap: int = 1, max_queued: int = 10, retry_after_s: float = 1.0) -> None:
-        self.table = ReplicaTable(cap=cap, clock=FakeClock())
+    def __init__(self, *, cap: int = 1, max_queued: int = 10) -> None:
+        self.clock = FakeClock()
+        breakers = BreakerBoard(BreakerSettings(), self.clock, random.Random(0))
+        self.table = ReplicaTable(cap=cap, clock=self.clock, breakers=breakers)
         self.table.sync([ReplicaInfo("a")])
-        self.room = WaitingRoom(max_queued=max_queued, retry_after_s=retry_after_s)
+        self.room = WaitingRoom(self.clock, max_queued=max_queued)
         self.table.on_capacity.append(self.room.pump)
 
     def attempt(self) -> Lease | None:
-        return self.table.lease("a") if self.table.eligible() else None
+        return self.table.lease("a") if len(self.table.eligible()) else None
 
     async def wait(self, timeout_s: float = FOREVER_S) -> Lease:
         return await self.room.wait(self.attempt, timeout_s)
@@ -81,13 +88,13 @@ async def test_several_places_at_once_serve_several_waiters() -> None:
 
 @pytest.mark.parametrize("max_queued", [0, 2])
 async def test_a_full_room_refuses_at_once(max_queued: int) -> None:
-    desk = Desk(max_queued=max_queued, retry_after_s=0.2)
+    desk = Desk(max_queued=max_queued)
     held = desk.table.lease("a")
     tasks = [asyncio.create_task(desk.wait()) for _ in range(max_queued)]
     await until(lambda: len(desk.room) == max_queued)
     with pytest.raises(Overloaded) as caught:
         await desk.wait()
-    assert caught.value.retry_after_s == 1.0  # whole seconds, as the header wants them
+    assert caught.value.retry_after_s == max_queued + 1  # a second for each place, to begin with
     assert len(desk.room) == max_queued
     held.release(Outcome.SUCCESS)
     for task in tasks:

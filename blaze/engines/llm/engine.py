@@ -14,6 +14,7 @@ from blaze.clock import Clock
 from blaze.engine_config import LLMConfig
 from blaze.engines.channel import Bell, EventChannel
 from blaze.engines.llm.choice import Choice
+from blaze.engines.llm.held_prompts import HeldPrompts
 from blaze.engines.llm.job import Job
 from blaze.engines.llm.loading import ServedModel, load
 from blaze.engines.llm.loop import EngineLoop
@@ -23,6 +24,7 @@ from blaze.engines.llm.sequence import Sequence
 from blaze.engines.threaded import ThreadedEngine
 from blaze.errors import BlazeError, EngineFailure, InvalidRequest, ReplicaStopping
 from blaze.models.sources import ModelSource
+from blaze.prompt_chain import prompt_chain
 from blaze.reports import EngineStatus, KVCacheStatus
 from blaze.types import EngineKind, GenerateRequest, Request, TokenId
 
@@ -59,6 +61,7 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
         self._cache = cache
         self._serial = count()
         self._bell = Bell()
+        self._held_prompts = HeldPrompts()
         # One thread for all encoding: a fast tokenizer is not safe on several.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -91,6 +94,7 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
         cache, scheduler = self._loaded.served.cache, self._loaded.loop.scheduler
         return replace(
             status,
+            prefixes=self._held_prompts.digest(cache.held),
             kv_cache=KVCacheStatus(
                 total_tokens=cache.total_tokens,
                 free_tokens=cache.free_tokens,
@@ -114,6 +118,8 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
             self._encoding, loaded.encoder.encode, request
         )
         self._ready()  # it may have stopped in the meantime
+        if self._options.prefix_caching:
+            self._held_prompts.note(prompt_chain(request.prompt), prompt_ids)
         deadline = None if request.timeout_s is None else arrival + request.timeout_s
         choices = self._choices(loaded, request, prompt_ids, arrival)
         return Job(prompt_ids, choices, EventChannel(self._bell), deadline)

@@ -6,11 +6,13 @@ carries out in that order before the step that needs them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass
 
 from blaze.engines.llm.prefix import Prefix, PrefixIndex
 from blaze.engines.llm.sequence import Sequence
 from blaze.engines.llm.slots import Slot, SlotAllocator
+from blaze.types import TokenId
 
 BLOCK = 16  # tokens; prefixes are shared in whole blocks
 UNIT = 128  # tokens; the smallest slot
@@ -73,6 +75,10 @@ class KVCache:
     @property
     def kept_tokens(self) -> int:
         return sum(prefix.slot.capacity for prefix in tuple(self._kept))  # asked for from other threads too
+
+    def held(self, token_ids: TokenIds[TokenId]) -> int:
+        """How many of the first tokens need not be computed. Any thread may ask; it is a hint."""
+        return self._index.held(token_ids) if self._prefix_caching else 0
 
     def begin(self, sequence: Sequence) -> bool:
         """Give the sequence a slot, with what of its tokens is at hand already. False: no memory."""

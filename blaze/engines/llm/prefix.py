@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from blaze.engines.llm.slots import Slot
@@ -57,6 +57,15 @@ class PrefixIndex:
                     return prefix, blocks * self._block
         return None
 
+    def held(self, token_ids: Sequence[TokenId]) -> int:
+        """How many of the first tokens are somewhere at hand, as far as hashes tell. Any thread may ask."""
+        value = 0
+        for block in range(len(token_ids) // self._block):
+            value = self._hash(token_ids, block, value)
+            if value not in self._holders:
+                return block * self._block
+        return len(token_ids) // self._block * self._block
+
     def covered_by(self, prefix: Prefix) -> Iterator[Prefix]:
         """Others of which ``prefix`` contains every full block."""
         for blocks, value in enumerate(prefix.hashes, start=1):
@@ -80,7 +89,7 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._holders)
 
-    def _hash(self, token_ids: list[TokenId], block: int, before: int) -> int:
+    def _hash(self, token_ids: Sequence[TokenId], block: int, before: int) -> int:
         return hash((before, *token_ids[block * self._block : (block + 1) * self._block]))
 
     def _contains(self, prefix: Prefix, token_ids: list[TokenId], blocks: int) -> bool:

@@ -1,0 +1,82 @@
+"""A running Blaze over its HTTP API, as the command line needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+from blaze.errors import EnvironmentProblem
+from blaze.records import newest_running
+
+MANAGEMENT = "/api/v1/blaze"
+
+
+def base_url(given: str | None) -> str:
+    if given:
+        return given.rstrip("/")
+    record = newest_running()
+    return record.url if record else "http://127.0.0.1:8000"
+
+
+def first_model(base: str, engines: tuple[str, ...]) -> str:
+    for model in get_json(f"{base}{MANAGEMENT}/status")["models"]:
+        if model["engine"] in engines:
+            return str(model["name"])
+    raise EnvironmentProblem(f"this cluster has no {' or '.join(engines)} model")
+
+
+def stream_text(url: str, request: dict[str, Any]) -> Iterator[str]:
+    """The text of a streamed chat answer. Raises :class:`EnvironmentProblem` with the server's own words."""
+    with httpx.stream(
+        "POST", url, json=request, timeout=600.0, trust_env=_by_proxy(url), headers=_headers()
+    ) as response:
+        if response.status_code != 200:
+            response.read()
+            _check(response)
+        for line in response.iter_lines():
+            data = line.removeprefix("data: ")
+            if not line or data == "[DONE]":
+                continue
+            event = json.loads(data)
+            if "error" in event:
+                raise EnvironmentProblem(event["error"]["message"])
+            for choice in event["choices"]:
+                yield choice["delta"].get("content") or ""
+
+
+def get_json(url: str) -> dict[str, Any]:
+    body: dict[str, Any] = _check(
+        httpx.get(url, timeout=30.0, trust_env=_by_proxy(url), headers=_headers())
+    ).json()
+    return body
+
+
+def post_json(url: str, request: dict[str, Any]) -> dict[str, Any]:
+    response = httpx.post(url, json=request, timeout=600.0, trust_env=_by_proxy(url), headers=_headers())
+    body: dict[str, Any] = _check(response).json()
+    return body
+
+
+def _headers() -> dict[str, str]:
+    """The key of ``BLAZE_API_KEY``, if the cluster asks for one: others could read a command line."""
+    key = os.environ.get("BLAZE_API_KEY")
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+def _by_proxy(url: str) -> bool:
+    """A proxy of the environment's knows nothing of this machine's own addresses."""
+    return httpx.URL(url).host not in ("127.0.0.1", "localhost", "::1")
+
+
+def _check(response: httpx.Response) -> httpx.Response:
+    if response.status_code != 200:
+        try:
+            message = response.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = f"HTTP {response.status_code}"
+        raise EnvironmentProblem(message)
+    return response

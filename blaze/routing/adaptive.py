@@ -1,0 +1,68 @@
+"""Balancing by cost: what is outstanding, how fast it is served, and what a held prefix spares."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+
+from blaze.routing.columns import Columns, Floats, Places
+from blaze.routing.least import Median, two_of
+from blaze.routing.strategy import Ask, Pick, least
+
+HOT_QUANTILE = 0.84
+HOT_FLOOR = 0.8  # of the capacity: in a small pool the quantile alone marks nothing, or anything
+STALE_AFTER_S = 1.0
+_LEAST_SUCCESS = 0.01  # a replica that fails every time is still nearer than infinitely far
+
+
+class Adaptive:
+    """Among the replicas that are not hot, the one that will soonest have served this request too.
+
+    Hot: its outstanding cost is above the pool's 84 % quantile and above 80 % of what a replica carries
+    (hot and cold as in Prequal, NSDI 2024). Soonest: the least ``(C + q) / (drain * success^2 * weight)``,
+    with ``q`` the request's cost after the credit for a prefix that the replica holds. Where several
+    routers share replicas and this one has not heard of the others for a second, it would herd with them on
+    old news: it takes the better of two random replicas instead, by cost alone.
+    """
+
+    name = "adaptive"
+    wants_credit = True
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._drain = Median()
+
+    def choose(self, columns: Columns, eligible: Places, ask: Ask) -> Pick | None:
+        if not len(eligible):
+            return None
+        if columns.peers_age_s > STALE_AFTER_S:
+            eligible = two_of(eligible, self._rng)
+            return least(columns, eligible, self._outstanding(columns, eligible, ask), self._rng)
+        load = columns.cost[eligible] / columns.cost_cap
+        eligible = eligible[load <= max(_nearest_rank(load, HOT_QUANTILE), HOT_FLOOR)]
+        success = np.maximum(columns.success[eligible], _LEAST_SUCCESS)
+        speed = self._drain_of(columns, eligible, ask.now) * success * success
+        return least(columns, eligible, self._outstanding(columns, eligible, ask) / speed, self._rng)
+
+    def _outstanding(self, columns: Columns, eligible: Places, ask: Ask) -> Floats:
+        """With this request, for each of weight."""
+        own: Floats | float = ask.cost
+        if ask.credit is not None:
+            own = np.maximum(ask.cost - ask.credit[eligible], 0.0)
+        weighted: Floats = (columns.cost[eligible] + own) / (
+            columns.weight[eligible] * columns.ramp[eligible]
+        )
+        return weighted
+
+    def _drain_of(self, columns: Columns, eligible: Places, now: float) -> Floats:
+        """Who has served nothing yet is taken to be as fast as the median."""
+        median = self._drain.of(columns, columns.drain, now)
+        drain = columns.drain[eligible]
+        return np.where(np.isnan(drain), 1.0 if median is None else median, drain)
+
+
+def _nearest_rank(numbers: Floats, quantile: float) -> float:
+    """The smallest number that at least that part of all numbers does not exceed."""
+    return float(np.sort(numbers)[math.ceil(quantile * len(numbers)) - 1])

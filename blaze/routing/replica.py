@@ -1,0 +1,106 @@
+"""One replica as the router accounts for it, and the lease of one attempt on it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from blaze.reports import PeerLoad
+from blaze.routing.breaker import Permit
+from blaze.routing.outcome import Outcome
+from blaze.routing.speed import Speed
+from blaze.types import ReplicaId
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """A member of the live set, as the pool reports it."""
+
+    id: ReplicaId
+    node: str = ""
+    weight: float = 1.0
+
+
+class Replica:
+    """What one router knows of one replica, but for the columns."""
+
+    __slots__ = (
+        "cost",
+        "draining",
+        "failures",
+        "id",
+        "in_flight",
+        "joined_at",
+        "lost_calls",
+        "node",
+        "peers",
+        "requests",
+        "speed",
+        "suspect",
+        "suspended_until",
+        "waiting",
+    )
+
+    def __init__(self, info: ReplicaInfo, now: float) -> None:
+        self.id = info.id
+        self.node = info.node
+        self.in_flight = 0  # from here, as is ``cost``
+        self.cost = 0.0
+        self.peers = PeerLoad()
+        self.requests = 0
+        self.failures = 0
+        self.lost_calls = 0  # in a row
+        self.suspended_until = -math.inf  # a call to it was lost: not picked before this time
+        self.draining = False
+        self.suspect = False
+        self.joined_at = now  # or when its breaker closed: the beginning of its slow start
+        self.waiting: dict[Lease, float] = {}  # requests without content yet, the oldest first
+        self.speed = Speed()
+
+
+class Ledger(Protocol):
+    """Where leases are accounted for."""
+
+    def recost(self, lease: Lease, cost: float) -> None: ...
+
+    def first_content(self, lease: Lease, response_s: float | None) -> None: ...
+
+    def released(self, lease: Lease, permit: Permit, outcome: Outcome, response_s: float | None) -> None: ...
+
+
+class Lease:
+    """One attempt on one replica: raises its counters at once, and lowers them exactly once."""
+
+    __slots__ = ("_ledger", "_open", "_permit", "cost", "replica", "started_at")
+
+    def __init__(
+        self, ledger: Ledger, replica: Replica, permit: Permit, cost: float, started_at: float
+    ) -> None:
+        self._ledger = ledger
+        self.replica = replica
+        self._permit = permit
+        self.cost = cost
+        self.started_at = started_at
+        self._open = True
+
+    def recost(self, cost: float) -> None:
+        """More is known of the request now."""
+        if self._open:
+            self._ledger.recost(self, cost)
+
+    def first_content(self, response_s: float | None = None) -> None:
+        """Content has come. ``response_s``: what that says of the replica's speed, if it does."""
+        if self._open:
+            self._ledger.first_content(self, response_s)
+
+    def release(self, outcome: Outcome, *, response_s: float | None = None) -> bool:
+        """Record the outcome; later calls change nothing. True for the call that counted.
+
+        ``response_s``: a sample of the response time; of a failure, how long to stay away at least.
+        """
+        if not self._open:
+            return False
+        self._open = False
+        self._ledger.released(self, self._permit, outcome, response_s)
+        return True

@@ -1,0 +1,62 @@
+"""Strategies that take turns: whatever the replicas do, each gets its share of the requests."""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+
+import numpy as np
+
+from blaze.routing.columns import Carried, Columns, Places
+from blaze.routing.strategy import Ask, Pick
+from blaze.types import ReplicaId
+
+
+class RoundRobin:
+    """A cursor over the id-sorted list that skips whoever is not eligible.
+
+    The cursor is the id that was picked last, not a position: when replicas come and go, the order of those
+    that stay does not change. Each router starts at a random place, so that several do not march in step.
+    """
+
+    name = "round_robin"
+    wants_credit = False
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._last: ReplicaId | None = None
+
+    def choose(self, columns: Columns, eligible: Places, ask: Ask) -> Pick | None:  # noqa: ARG002
+        if not len(eligible):
+            return None
+        if self._last is None:
+            at = self._rng.randrange(len(eligible))
+        else:
+            at = int(np.searchsorted(eligible, bisect_right(columns.ids, self._last))) % len(eligible)
+        self._last = columns.ids[eligible[at]]
+        return Pick(self._last)
+
+
+class WeightedRoundRobin:
+    """Smooth weighted round robin, as in nginx: turns in proportion to weights, spread out evenly.
+
+    Each pick, everybody's credit grows by its weight; who has most (of equal ones, the lowest id) is picked
+    and pays the sum. Weights 5, 1, 1 give a a b a c a a.
+    """
+
+    name = "weighted_round_robin"
+    wants_credit = False
+
+    def __init__(self) -> None:
+        self._credit = Carried()
+
+    def choose(self, columns: Columns, eligible: Places, ask: Ask) -> Pick | None:  # noqa: ARG002
+        if not len(eligible):
+            return None
+        credit = self._credit.follow(columns)
+        weights = columns.weight[eligible] * columns.ramp[eligible]
+        grown = credit[eligible] + weights
+        credit[eligible] = grown
+        place = eligible[grown.argmax()]
+        credit[place] -= weights.sum()
+        return Pick(columns.ids[place])
