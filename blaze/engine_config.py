@@ -37,7 +37,7 @@ class LLMConfig(Settings):
     compile: bool = False  # torch.compile of the stock model
     deterministic: bool = False  # refuse to start where the batch may change the bits of an answer
     max_batch_size: PositiveInt = 32  # sequences in one step
-    max_batch_tokens: PositiveInt = 512  # tokens in one step
+    max_batch_tokens: Annotated[int, Field(ge=1, le=65_536)] = 512  # tokens in one step
     prefill_chunk: PositiveInt | None = None  # of them, of prompts while others generate; None: see below
     max_model_len: PositiveInt | None = None  # tokens; None: what the model was made for
     kv_cache_memory: KVCacheMemory = 0.2  # fraction: of what is free once the weights are loaded

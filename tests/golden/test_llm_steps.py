@@ -149,7 +149,7 @@ def test_threads_do_not_matter(threads: int, tmp_path: Path) -> None:
 
 
 def test_items_that_are_taken_over_have_the_same_bits(tmp_path: Path) -> None:
-    """More threads than cores: some lose theirs in the middle of an item, and others do it for them."""
+    """More threads than cores: some lose theirs in the middle of an item, and others are done first."""
     save(tmp_path, CASES["llama"])
     runner = _load(tmp_path)
     right = _logits(runner, _prompts(), chunk=20)
@@ -157,9 +157,9 @@ def test_items_that_are_taken_over_have_the_same_bits(tmp_path: Path) -> None:
     assert built is not None
     before = items_overtaken(built)
     runner._threads = 4 * (os.cpu_count() or 1)
-    for _ in range(50):
+    for _ in range(300):
         assert all(map(torch.equal, _logits(runner, _prompts(), chunk=20), right))
-        if items_overtaken(built) - before > 100:
+        if items_overtaken(built) - before >= 10:
             return
     pytest.fail(f"only {items_overtaken(built) - before} items were taken over")
 

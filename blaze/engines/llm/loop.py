@@ -77,6 +77,7 @@ class EngineLoop:
         self._runner.settle()
 
     def add(self, job: Job) -> None:
+        self._jobs[job] = None  # first: whatever goes wrong, somebody has to end it
         complete: list[ChoiceFinished] = []  # what they have from elsewhere is all of it
         for choice in job.choices:
             if choice.finish_reason is not None:
@@ -87,8 +88,8 @@ class EngineLoop:
         if complete:
             job.start()
             job.give(tuple(complete))
-        if not job.over:
-            self._jobs[job] = None
+        if job.over:
+            del self._jobs[job]
 
     def schedule(self) -> Step:
         """Drop what nobody wants any more, then choose what to compute."""
@@ -106,6 +107,7 @@ class EngineLoop:
         failed by then, the others are still there.
         """
         if not step.work:
+            self._launching()  # nothing will be busy, and news must not wait for it
             return
         for work in step.work:
             self._owners[work.sequence][0].start()

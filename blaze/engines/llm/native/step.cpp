@@ -12,7 +12,8 @@
 #include "team.h"
 
 #include <algorithm>
-#include <new>
+#include <exception>
+#include <memory>
 #include <omp.h>
 #include <sched.h>
 
@@ -68,12 +69,12 @@ namespace {
 constexpr int64_t kParts = 64; // of the rows, where the work on one is small
 constexpr int64_t kRowsOfItem = 96; // of a long prompt: enough to be worth reading a block of weights for
 
-// Memory of one thread.
+// Memory of one thread. Not initialised: for a large model that alone would take milliseconds.
 struct Scratch {
-  std::vector<float> scores;
-  std::vector<BFloat> unpacked;
-  std::vector<float> sums;       // of an item of a product
-  std::vector<BFloat> attended;  // of an item of attention
+  std::unique_ptr<float[]> scores;
+  std::unique_ptr<BFloat[]> unpacked;
+  std::unique_ptr<float[]> sums;      // of an item of a product
+  std::unique_ptr<BFloat[]> attended; // of an item of attention
 };
 
 // Multiply all rows of x; `take(row, output, sums)` gets 64 sums at a time, from output `output` on.
@@ -82,14 +83,14 @@ void multiply_all(Team::Member &team, Scratch &scratch, const BlazeMatrix &matri
                   const Take &take) {
   const int64_t parts = (rows + kRowsOfItem - 1) / kRowsOfItem;
   const auto first = [&](int64_t part) { return rows * part / parts; };
-  float *kept = scratch.sums.data();
+  float *kept = scratch.sums.get();
   team.each(
       blocks_of(matrix.outputs) * parts,
       [&](int64_t item, int64_t next) {
         const int64_t block = item / parts, part = item % parts;
         const int64_t ahead = next / parts == block ? -1 : next / parts;
         multiply(matrix, block, ahead, x + first(part) * matrix.inputs, first(part + 1) - first(part),
-                 scratch.unpacked.data(),
+                 scratch.unpacked.get(),
                  [&](int64_t row, const Floats *sums) { std::memcpy(kept + row * kOutputs, sums, kOutputs * 4); });
       },
       [&](int64_t item) {
@@ -232,11 +233,11 @@ private:
     const BFloat *keys = (const BFloat *)layer.keys, *values = (const BFloat *)layer.values;
     const BlazeHeads &heads = layer.heads;
     const int64_t width = heads.queries * heads.dim, part = width / heads.keys; // of a row, of a head of keys
-    BFloat *out = scratch_.attended.data();
+    BFloat *out = scratch_.attended.get();
     team_.each(
         (int64_t(groups.size()) - 1) * heads.keys,
         [&](int64_t item, int64_t next) {
-          attend(step, groups, heads, item, next, qkv, keys, values, scratch_.scores.data(), out, part);
+          attend(step, groups, heads, item, next, qkv, keys, values, scratch_.scores.get(), out, part);
         },
         [&](int64_t item) {
           const int64_t first = groups[item / heads.keys], last = groups[item / heads.keys + 1];
@@ -289,12 +290,15 @@ std::vector<Scratch> scratch_of(const BlazeModel &model, const BlazeStep &step) 
     for (const BlazeMatrix *matrix : {&layer->qkv, &layer->output, &layer->gate_up, &layer->down})
       if (matrix->scales) unpacked = std::max(unpacked, matrix->inputs);
   }
-  Scratch one;
-  one.scores.resize(scores_size(step));
-  one.unpacked.resize(unpacked * kOutputs);
-  one.sums.resize(std::min(step.rows, kRowsOfItem) * kOutputs);
-  one.attended.resize(kTogether * attended);
-  return std::vector<Scratch>(step.threads, one);
+  if (step.rows <= kRows) unpacked = 0; // few rows read 8-bit weights as they are
+  std::vector<Scratch> all(step.threads);
+  for (Scratch &one : all) {
+    one.scores.reset(new float[scores_size(step)]);
+    one.unpacked.reset(new BFloat[unpacked * kOutputs]);
+    one.sums.reset(new float[std::min(step.rows, kRowsOfItem) * kOutputs]);
+    one.attended.reset(new BFloat[kTogether * attended]);
+  }
+  return all;
 }
 
 } // namespace
@@ -317,7 +321,7 @@ int64_t blaze_step(const BlazeModel *model, const BlazeStep *step, const BlazeBu
       const int thread = omp_get_thread_num();
       Run(*model, *buffers, scratch[thread], Team::Member(team, thread)).all(*step, groups, last, *buffers, *result);
     }
-  } catch (const std::bad_alloc &) {
+  } catch (const std::exception &) { // none gets out of the parallel region: nothing in it allocates
     return 1;
   }
   return 0;

@@ -2,8 +2,9 @@
 //
 // A phase is microseconds long, and a thread can lose its core for a hundred times as long to whatever else
 // runs on the machine. So nobody waits for long for an item that another has begun: who has nothing left to
-// do takes it over, and the one who comes late throws away what it has. An item is therefore computed into
-// memory of the thread's own, and put into its place by whoever holds the item then.
+// do computes it too, and whoever of the two is done first puts it into its place. An item is therefore
+// computed into memory of the thread's own. (What is not covered: small items, the putting into place, and
+// the end of the step, where all threads meet.)
 
 #pragma once
 
@@ -17,6 +18,7 @@ namespace {
 
 // Who has nothing to do spins, for the others are about to finish; but not for long: its core may be wanted.
 constexpr int kSpins = 1000;
+constexpr uint64_t kShortest = 2000; // ticks before somebody is helped, whatever items take
 
 std::atomic<int64_t> items_overtaken{0}; // since the library was loaded
 
@@ -61,16 +63,23 @@ public:
     }
     uint64_t since = __rdtsc();
     if (done) usual_ = (since - began) / done;
-    uint64_t patience = usual_ + usual_ / 2; // who is at work should have finished by then
+    uint64_t patience = kShortest + usual_ + usual_ / 2; // who is at work should have finished by then
     for (int spin = 0; !over(); spin++) {
-      const bool late = __rdtsc() - since > patience;
       bool busy = false;
-      if (const uint64_t found = take_over(late, busy); found != kNone) {
-        carry_out(items, found, kNone, compute, place);
+      if (const uint64_t next = take_next(busy); next != kNone) {
+        carry_out(items, next, kNone, compute, place);
         since = __rdtsc();
-        patience *= 2; // or two could take one item from each other for ever
         spin = 0;
-      } else if (busy || spin < kSpins) {
+      } else if (busy) {
+        spin = 0;
+        if (__rdtsc() - since > patience) {
+          help(items, compute, place);
+          since = __rdtsc();
+          patience *= 2; // helping has been of no use, or the others are many
+        } else {
+          _mm_pause();
+        }
+      } else if (spin < kSpins) {
         _mm_pause();
       } else {
         team_.phase_.wait(phase_, std::memory_order_acquire);
@@ -109,18 +118,26 @@ private:
     return kNone;
   }
 
+  // One copy of each in the program, whoever calls it: two could be compiled to other roundings.
+  template <typename Compute> __attribute__((noinline)) static void run(const Compute &compute, uint64_t item, int64_t next) {
+    compute(int64_t(item), next);
+  }
+  template <typename Place> __attribute__((noinline)) static void put(const Place &place, uint64_t item) {
+    place(int64_t(item));
+  }
+
   // Gives the item that this thread has to do next.
   template <typename Compute, typename Place>
   uint64_t carry_out(int64_t items, uint64_t item, uint64_t next, const Compute &compute, const Place &place) {
     uint64_t holds = word(item, next, kComputing);
     held_.store(holds, std::memory_order_release);
-    compute(int64_t(item), next == kNone ? items : int64_t(next));
+    run(compute, item, next == kNone ? items : int64_t(next));
     while (!held_.compare_exchange_weak(holds, word(item, kNone, kPlacing), std::memory_order_acq_rel))
       if (holds == word(item, kNone, kComputing))
         next = kNone; // somebody else does it
       else if (holds != word(item, next, kComputing))
         return take(items); // overtaken
-    place(int64_t(item));
+    put(place, item);
     finished(items);
     return next == kNone ? take(items) : next;
   }
@@ -133,23 +150,32 @@ private:
     team_.phase_.notify_all();
   }
 
-  // What another member has not begun, or (`late`) not finished; `busy`: somebody is at work.
-  uint64_t take_over(bool late, bool &busy) {
+  // What another member has not begun; `busy`: somebody is at work.
+  uint64_t take_next(bool &busy) {
     for (Held &other : team_.held_) {
       uint64_t holds = other.word.load(std::memory_order_acquire);
       const uint64_t item = holds >> 25 & kNone, next = holds >> 2 & kNone;
       if (holds != word(item, next, kComputing)) continue;
       busy = true;
-      if (next != kNone) {
-        if (other.word.compare_exchange_strong(holds, word(item, kNone, kComputing), std::memory_order_acq_rel))
-          return next;
-      } else if (late) {
-        if (!other.word.compare_exchange_strong(holds, word(item, kNone, kFree), std::memory_order_acq_rel)) continue;
-        items_overtaken.fetch_add(1, std::memory_order_relaxed);
-        return item;
-      }
+      if (next == kNone) continue;
+      if (other.word.compare_exchange_strong(holds, word(item, kNone, kComputing), std::memory_order_acq_rel)) return next;
     }
     return kNone;
+  }
+
+  // Does what another member has not finished; whoever of the two is done first puts it into its place.
+  template <typename Compute, typename Place> void help(int64_t items, const Compute &compute, const Place &place) {
+    for (Held &other : team_.held_) {
+      uint64_t holds = other.word.load(std::memory_order_acquire);
+      const uint64_t item = holds >> 25 & kNone;
+      if (holds != word(item, kNone, kComputing)) continue;
+      run(compute, item, items);
+      if (!other.word.compare_exchange_strong(holds, word(item, kNone, kFree), std::memory_order_acq_rel)) return;
+      items_overtaken.fetch_add(1, std::memory_order_relaxed);
+      put(place, item);
+      finished(items);
+      return;
+    }
   }
 
   Team &team_;

@@ -1,0 +1,99 @@
+"""What operators change, summed up."""
+
+from __future__ import annotations
+
+from blaze.control import NO_CHANGES, ActOnBreaker, SetDraining, SetStrategy, SetWeight
+from blaze.health.supervisor import HealthSettings, Supervisor
+from blaze.reports import EngineStatus, Heartbeat, PeerLoad, ReplicaCounters, RouterReport
+from blaze.types import EngineKind
+from tests.fakes import FakeClock
+
+
+def test_each_change_has_a_number_and_the_last_one_counts() -> None:
+    control = NO_CHANGES
+    for change in (
+        SetStrategy("m", "ip_hash"),
+        SetStrategy("n", "adaptive"),
+        SetStrategy("m", "round_robin"),
+        SetWeight("a", 2.0),
+        SetWeight("a", 0.0),
+        SetDraining("a", True),
+        SetDraining("b", True),
+        SetDraining("a", False),
+        ActOnBreaker("a", "open"),
+    ):
+        control = control.after(change)
+    assert control.version == 9
+    assert dict(control.strategies) == {"m": "round_robin", "n": "adaptive"}
+    assert control.weights == (("a", 0.0),)
+    assert control.draining == ("b",)
+    assert control.breakers == ((9, ActOnBreaker("a", "open")),)
+    assert NO_CHANGES.version == 0
+
+
+def test_breaker_actions_are_remembered_only_so_long() -> None:
+    control = NO_CHANGES
+    for _ in range(100):
+        control = control.after(ActOnBreaker("a", "reset"))
+    assert [version for version, _ in control.breakers] == list(range(37, 101))
+
+
+def counters(replica_id: str, in_flight: int, cost: float) -> ReplicaCounters:
+    return ReplicaCounters(replica_id, "m", in_flight, 1.0, 10, 0, cost)
+
+
+def heartbeat(replica_id: str, prefixes: bytes = b"") -> Heartbeat:
+    status = EngineStatus(EngineKind.LLM, "idle", 0, 0, 0, None, prefixes=prefixes)
+    return Heartbeat(replica_id, "m", 0, "node", 1, status, 0)
+
+
+def test_a_router_hears_of_the_others_loads_but_not_of_its_own() -> None:
+    supervisor = Supervisor(HealthSettings(), FakeClock())
+    supervisor.report(RouterReport("r1", (), (counters("a", 3, 30.0), counters("b", 1, 5.0))))
+    supervisor.report(RouterReport("r2", (), (counters("a", 2, 7.0),)))
+    news = supervisor.report(RouterReport("r3", (), (counters("a", 9, 99.0),)))
+    assert dict(news.peers) == {"a": PeerLoad(5, 37.0), "b": PeerLoad(1, 5.0)}
+
+
+def test_a_router_that_is_gone_is_no_peer_any_more() -> None:
+    clock = FakeClock()
+    supervisor = Supervisor(HealthSettings(stall_after_s=30.0), clock)
+    supervisor.report(RouterReport("r1", (), (counters("a", 3, 30.0),)))
+    clock.advance(31.0)
+    assert supervisor.report(RouterReport("r2", (), ())).peers == ()
+
+
+def test_a_change_reaches_every_router_with_its_next_report() -> None:
+    supervisor = Supervisor(HealthSettings(), FakeClock())
+    supervisor.report(RouterReport("r1", (), ()))
+    made = supervisor.change(SetWeight("a", 0.5))
+    assert supervisor.report(RouterReport("r1", (), ())).control == made
+    assert supervisor.report(RouterReport("r2", (), ())).control == made
+
+
+def test_a_health_actor_that_has_come_back_learns_from_the_routers() -> None:
+    first = Supervisor(HealthSettings(), FakeClock())
+    made = first.change(SetStrategy("m", "adaptive"))
+    second = Supervisor(HealthSettings(), FakeClock())
+    assert second.report(RouterReport("r1", (), (), made)).control == made
+    assert second.report(RouterReport("r2", (), ())).control == made
+    assert second.change(SetWeight("a", 2.0)).version == made.version + 1
+
+
+def test_who_is_silent_or_has_failed_is_suspect() -> None:
+    clock = FakeClock()
+    supervisor = Supervisor(HealthSettings(probe_period_s=1.0, missed_probes=3), clock)
+    supervisor.heartbeat(heartbeat("silent"))
+    clock.advance(3.1)
+    supervisor.heartbeat(heartbeat("well"))
+    supervisor.heartbeat(
+        Heartbeat("failed", "m", 0, "node", 1, EngineStatus(EngineKind.LLM, "failed", 0, 0, 0, None), 0)
+    )
+    assert set(supervisor.report(RouterReport("r1", (), ())).suspects) == {"silent", "failed"}
+
+
+def test_prefixes_of_replicas_are_passed_on() -> None:
+    supervisor = Supervisor(HealthSettings(), FakeClock())
+    supervisor.heartbeat(heartbeat("a", b"1234"))
+    supervisor.heartbeat(heartbeat("b"))
+    assert supervisor.report(RouterReport("r1", (), ())).prefixes == (("a", b"1234"),)
