@@ -133,7 +133,7 @@ async def _leave_early(url: str, body: dict[str, Any], after_s: float) -> None:
 
 async def test_case_15_clients_that_leave_give_everything_back(app: Served) -> None:
     rng = random.Random(15)
-    for _ in range(5):
+    for _ in range(25):  # 500 requests
         await asyncio.gather(
             *(
                 _leave_early(

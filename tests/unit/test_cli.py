@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import json
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -113,3 +117,56 @@ def test_the_base_url_is_the_given_one_then_the_newest_cluster_then_port_8000(
     assert base_url("http://other") == "http://other"
     remove_record("c1")
     assert base_url(None) == "http://127.0.0.1:8000"
+
+
+@contextmanager
+def management(*, status: int = 200) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    """A server that notes what it is asked: path, body, authorization."""
+    asked: list[tuple[str, str, str]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"])).decode()
+            asked.append((self.path, body, self.headers.get("authorization", "")))
+            answer = (
+                b'{"done": true}' if status == 200 else b'{"error": {"message": "There is no such thing."}}'
+            )
+            self.send_response(status)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_args: object) -> None:
+            """Not on the test's own output."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("command", "path", "body"),
+    [
+        (["route", "m", "adaptive"], "strategy", {"model": "m", "strategy": "adaptive"}),
+        (["drain", "a/b c"], "replicas/a%2Fb%20c/drain", {"draining": True}),
+        (["drain", "a", "--undo"], "replicas/a/drain", {"draining": False}),
+    ],
+)
+def test_changes_are_sent_to_the_management_api(
+    command: list[str], path: str, body: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLAZE_API_KEY", "sk-boss")
+    with management() as (url, asked):
+        assert run(*command, "--url", url).exit_code == 0
+    ((found, sent, key),) = asked
+    assert (found, json.loads(sent), key) == (f"/api/v1/blaze/{path}", body, "Bearer sk-boss")
+
+
+def test_a_change_that_is_refused_is_one_line() -> None:
+    with management(status=404) as (url, _asked):
+        assert_one_line(run("drain", "nobody", "--url", url), "There is no such thing.")

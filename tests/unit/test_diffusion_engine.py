@@ -22,7 +22,7 @@ from blaze.types import Event, Failed, Finished, ImageReady, ImageRequest, Progr
 from tests.fake_models import FakePipeline, fake_pipeline
 from tests.fakes import FakeClock
 from tests.samples import collect, image_request, terminals, text_request
-from tests.waiting import until_status
+from tests.waiting import until, until_status
 
 
 class DrawingBench:
@@ -172,6 +172,7 @@ async def test_case_43_a_reader_that_leaves_ends_the_drawing_within_a_step(bench
     bench.pipeline.before_step = hold
     leaving = bench.engine.run(image_request(num_inference_steps=20))
     await anext(leaving)
+    await until(lambda: steps)
     await leaving.aclose()
     go_on.set()
     bench.pipeline.before_step = lambda _prompt, _step: None
