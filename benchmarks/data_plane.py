@@ -1,9 +1,10 @@
 """What does Blaze's Router cost? Requests per second and latency of two streaming hops, in one run:
 
 (a) stock Ray Serve, (b) the same bare two hops with the data-plane flags that `blaze up` sets, (c) Blaze's
-Router with the simulator (no wait, one token). All take the same bytes by POST and send the same bytes
-back over a streaming call. Each has a Ray cluster and a process of its own; all three are up at once and
-are measured in turns, so that a machine that speeds up or slows down does so for all.
+Router with the simulator (no wait, one token) and everything that a request can pass switched on: a key with
+limits, a session that is kept, balancing by cost, breakers. All take the same bytes by POST and send the same
+bytes back over a streaming call. Each has a Ray cluster and a process of its own; all three are up at once
+and are measured in turns, so that a machine that speeds up or slows down does so for all.
 
 Run: `python -m benchmarks.data_plane [--rounds 5] [--seconds 6]`.
 """
@@ -31,6 +32,8 @@ from deployments.local import LocalCluster, free_port
 BODY = json.dumps(
     {"model": "sim", "stream": True, "seed": 1, "messages": [{"role": "user", "content": "Say one word."}]}
 ).encode()
+KEY = "sk-benchmark"
+HEADERS = f"authorization: Bearer {KEY}\r\nx-session-id: benchmark\r\n"
 CONNECTIONS = (1, 16)
 NAMES = STOCK, BARE, BLAZE = ("(a) stock Ray Serve", "(b) bare, fast data plane", "(c) Blaze")
 
@@ -46,7 +49,13 @@ def blaze() -> dict[str, Any]:
         "resources": {"num_cpus": 0.1},
         "simulator": {"ttft_ms": 0, "inter_token_ms": 0, "tokens": 1, "slots": 64},
     }
-    return {"import_path": "deployments.app:build_app", "args": {"models": [model]}}
+    limits = {"requests_per_minute": 10**9, "tokens_per_minute": 10**9}
+    router = {
+        "strategy": "adaptive",
+        "sticky_sessions": True,
+        "api_keys": [{"name": "benchmark", "key": KEY, **limits}],
+    }
+    return {"import_path": "deployments.app:build_app", "args": {"router": router, "models": [model]}}
 
 
 @contextmanager
@@ -72,7 +81,7 @@ async def one_answer(url: str) -> bytes:
     reader, writer = await asyncio.open_connection(*host_port.split(":"))
     writer.write(
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        + f"content-length: {len(BODY)}\r\n\r\n".encode()
+        + f"{HEADERS}content-length: {len(BODY)}\r\n\r\n".encode()
         + BODY
     )
     try:
@@ -128,7 +137,7 @@ def measure(urls: dict[str, str], rounds: int, seconds: float) -> dict[str, dict
     for _ in range(rounds):
         for connections in CONNECTIONS:
             for name, url in urls.items():
-                load = closed_loop(url, BODY, connections=connections, seconds=seconds)
+                load = closed_loop(url, BODY, connections=connections, seconds=seconds, headers=HEADERS)
                 results[name][connections].append(asyncio.run(load))
     return results
 

@@ -32,7 +32,7 @@ class Load:
 
 
 async def closed_loop(
-    url: str, body: bytes, *, connections: int, seconds: float, warmup_s: float = 1.0
+    url: str, body: bytes, *, connections: int, seconds: float, warmup_s: float = 1.0, headers: str = ""
 ) -> Load:
     """Each connection sends a request, reads the whole answer, and sends the next.
 
@@ -46,7 +46,7 @@ async def closed_loop(
         parts = urlsplit(url)
         head = (
             f"POST {parts.path} HTTP/1.1\r\nhost: {parts.netloc}\r\n"
-            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            f"content-type: application/json\r\n{headers}content-length: {len(body)}\r\n\r\n"
         ).encode()
         while time.perf_counter() < end:
             reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
