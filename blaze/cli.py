@@ -31,7 +31,7 @@ stderr = Console(stderr=True)
 
 _REPLICA_COLUMNS = (
     *("replica", "model", "pid", "state", "breaker"),
-    *("in flight", "weight", "EWMA", "requests", "failures", "memory"),
+    *("in flight", "weight", "EWMA", "cost", "requests", "failures", "memory"),
 )
 DEFAULT_CONFIG = Path("serve_config.yaml")
 Url = Annotated[
@@ -127,7 +127,7 @@ def status(
         ewma = "" if replica["ewma_ms"] is None else f"{replica['ewma_ms']:.0f} ms"
         weight = "" if replica["weight"] is None else f"{replica['weight']:g}"
         counts = [str(replica["requests"]), str(replica["failures"])]
-        numbers = [str(replica["in_flight"]), weight, ewma, *counts]
+        numbers = [str(replica["in_flight"]), weight, ewma, f"{replica['cost']:.0f}", *counts]
         memory = f"{replica['memory_bytes'] / 2**20:.0f} MiB"
         identity = [
             replica["id"],

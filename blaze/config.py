@@ -235,7 +235,8 @@ def describe(error: ValidationError) -> str:
         path = field_path(item["loc"]) or "args"
         reason = item["msg"].removeprefix("Value error, ")
         given = item.get("input")
-        secret = "api_keys" in item["loc"]  # whatever is there may be a key, in the wrong place
+        # Whatever is there may be a key, in the wrong place.
+        secret = any("key" in str(part) for part in item["loc"])
         shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and not secret else ""
         lines.append(f"{path}: {reason}{shown}")
     return "; ".join(lines)

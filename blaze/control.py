@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+from blaze.checks import check, is_number
 from blaze.types import ReplicaId
 
+MOST_WEIGHT = 1_000_000
 _BREAKER_ACTIONS = 64  # the last ones; a Router that was away for longer starts with closed breakers anyway
 
 
@@ -18,11 +20,24 @@ class SetStrategy:
     model: str
     strategy: str
 
+    def __post_init__(self) -> None:
+        check(isinstance(self.model, str), "model", "must be a name")
+        check(isinstance(self.strategy, str), "strategy", "must be a name")
+
 
 @dataclass(frozen=True)
 class SetWeight:
     replica_id: ReplicaId
     weight: float
+
+    def __post_init__(self) -> None:
+        """Raises :class:`InvalidRequest`, as the others do: calls over a handle pass no other validation."""
+        _check_id(self.replica_id)
+        check(
+            is_number(self.weight) and 0 <= self.weight <= MOST_WEIGHT,
+            "weight",
+            f"must be 0 to {MOST_WEIGHT:,}",
+        )
 
 
 @dataclass(frozen=True)
@@ -30,11 +45,19 @@ class SetDraining:
     replica_id: ReplicaId
     draining: bool
 
+    def __post_init__(self) -> None:
+        _check_id(self.replica_id)
+        check(isinstance(self.draining, bool), "draining", "must be true or false")
+
 
 @dataclass(frozen=True)
 class ActOnBreaker:
     replica_id: ReplicaId
     action: Literal["open", "close", "reset"]
+
+    def __post_init__(self) -> None:
+        _check_id(self.replica_id)
+        check(self.action in ("open", "close", "reset"), "action", "must be open, close or reset")
 
 
 Change: TypeAlias = SetStrategy | SetWeight | SetDraining | ActOnBreaker
@@ -48,6 +71,7 @@ class Control:
     strategies: tuple[tuple[str, str], ...] = ()
     weights: tuple[tuple[ReplicaId, float], ...] = ()
     draining: tuple[ReplicaId, ...] = ()
+    forced_open: tuple[ReplicaId, ...] = ()
     breakers: tuple[tuple[int, ActOnBreaker], ...] = ()
 
     def after(self, change: Change) -> Control:
@@ -65,7 +89,15 @@ class Control:
                 draining[change.replica_id] = None
             return replace(self, version=version, draining=tuple(draining))
         breakers = (*self.breakers, (version, change))[-_BREAKER_ACTIONS:]
-        return replace(self, version=version, breakers=breakers)
+        forced = dict.fromkeys(self.forced_open)
+        forced.pop(change.replica_id, None)
+        if change.action == "open":
+            forced[change.replica_id] = None
+        return replace(self, version=version, breakers=breakers, forced_open=tuple(forced))
+
+
+def _check_id(replica_id: ReplicaId) -> None:
+    check(isinstance(replica_id, str) and 0 < len(replica_id) <= 256, "id", "must be a replica's id")
 
 
 NO_CHANGES = Control()

@@ -42,6 +42,12 @@ class Caller:
     user: str | None = None
     address: str | None = None  # normalised, and from somebody who can be trusted to know it
 
+    def __post_init__(self) -> None:
+        """Raises :class:`InvalidRequest`: calls over a handle pass through no other validation."""
+        for name in ("session_id", "user", "address"):
+            value = getattr(self, name)
+            check(value is None or isinstance(value, str), name, "must be text")
+
 
 @dataclass(frozen=True)
 class ChatMessage:

@@ -29,6 +29,7 @@ def fast_data_plane() -> dict[str, str]:
     }
 
 
+_WRAPPER = Path(__file__).with_name("haproxy.sh")
 REPLICA_PORTS = 100  # the size of a cluster's block of ports
 
 
@@ -41,7 +42,7 @@ def private_proxy(folder: Path, *, metrics_port: int, stats_port: int, replica_p
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return {
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.sh")),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_WRAPPER),
         "BLAZE_HAPROXY_BINARY": haproxy_binary(),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -65,7 +66,7 @@ def clients_are_known() -> bool:
     does, and Serve's Python proxy hands on the socket's.
     """
     behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
-    return not behind_haproxy or "BLAZE_HAPROXY_BINARY" in os.environ
+    return not behind_haproxy or os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH") == str(_WRAPPER)
 
 
 def haproxy_binary() -> str:

@@ -27,8 +27,8 @@ class HealthActor:
     async def report(self, report: RouterReport) -> News:
         return self._supervisor.report(report)
 
-    async def change(self, change: Change) -> Control:
-        return self._supervisor.change(change)
+    async def change(self, change: Change, known: Control) -> Control:
+        return self._supervisor.change(change, known)
 
     async def goodbye(self, replica_id: ReplicaId) -> None:
         self._supervisor.goodbye(replica_id)

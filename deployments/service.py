@@ -126,7 +126,9 @@ class ClusterService:
         elif not any(change.replica_id in d.table.columns.place for d in self._dispatchers.values()):
             raise NotFound(f"There is no replica {change.replica_id[:80]!r}.", param="id")
         try:
-            control: Control = await asyncio.wait_for(self._health.change.remote(change), timeout=_PATIENCE_S)
+            control: Control = await asyncio.wait_for(
+                self._health.change.remote(change, self._control), timeout=_PATIENCE_S
+            )
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -137,19 +139,20 @@ class ClusterService:
         self._follow(control)
 
     def _follow(self, control: Control) -> None:
-        before, self._control = self._control, control
-        if control.version == before.version:
+        before = self._control
+        if control.version <= before.version:
             return
         weights, strategies = dict(control.weights), dict(control.strategies)
         for name, dispatcher in self._dispatchers.items():
             wanted = strategies.get(name)
             if wanted is not None and wanted != dispatcher.strategy.name:
                 dispatcher.strategy = self._strategy(name, wanted)
-            dispatcher.table.follow(weights, control.draining)
+            dispatcher.table.follow(weights, control.draining, control.forced_open)
             for version, action in control.breakers:
                 if version > before.version and action.replica_id in dispatcher.table.columns.place:
                     dispatcher.table.breakers.act(action.replica_id, action.action)
                     dispatcher.table.changed()
+        self._control = control
 
     async def _view(self) -> ClusterView:
         """The health actor's picture; while that is away, this Router's own numbers alone."""
@@ -177,7 +180,7 @@ class ClusterService:
     async def _report_forever(self) -> None:
         """Two reports a probe period, and the news that comes back; one that cannot be delivered must not
         stop the next."""
-        period_s = self._config.health.probe_period_s / 2
+        period_s = min(0.5, self._config.health.probe_period_s / 2)
         failing = False
         while True:
             await asyncio.sleep(period_s)
@@ -193,6 +196,8 @@ class ClusterService:
                 if not failing:
                     logger.warning("reports are not delivered: %s: %s", type(error).__name__, error)
                 failing = True
+                for dispatcher in self._dispatchers.values():
+                    dispatcher.table.set_peers(None)
 
     def _take(self, news: News) -> None:
         self._follow(news.control)
@@ -200,4 +205,5 @@ class ClusterService:
         for dispatcher in self._dispatchers.values():
             dispatcher.table.set_peers(peers)
             dispatcher.table.set_suspects(news.suspects)
-            dispatcher.prefixes.learn(news.prefixes)
+            known = dispatcher.table.columns.place
+            dispatcher.prefixes.learn((id, digest) for id, digest in news.prefixes if id in known)

@@ -89,15 +89,17 @@ class Supervisor:
             ),
         )
 
-    def change(self, change: Change) -> Control:
-        """An operator's; every Router hears of it with its next report."""
-        self._control = self._control.after(change)
+    def change(self, change: Change, known: Control) -> Control:
+        """An operator's; every Router hears of it with its next report. ``known``: to the Router that brings
+        it, which may have seen more than an actor that has just come back."""
+        self._control = max(known, self._control, key=lambda control: control.version).after(change)
         return self._control
 
     def _loads_beside(self, router_id: str) -> tuple[tuple[ReplicaId, PeerLoad], ...]:
         loads: dict[ReplicaId, PeerLoad] = {}
-        for other, (_, report) in self._reports.items():
-            if other != router_id:
+        limit = self._clock.now() - self._settings.missed_probes * self._settings.probe_period_s
+        for other, (at, report) in self._reports.items():
+            if other != router_id and at >= limit:
                 for replica in report.replicas:
                     known = loads.get(replica.replica_id, PeerLoad())
                     loads[replica.replica_id] = PeerLoad(

@@ -21,8 +21,10 @@ class Adaptive:
     """Among the replicas that are not hot, the one that will soonest have served this request too.
 
     Hot: its outstanding cost is above the pool's 84 % quantile and above 80 % of what a replica carries
-    (hot and cold as in Prequal, NSDI 2024). Soonest: the least ``(C + q) / (drain * success^2 * weight)``,
-    with ``q`` the request's cost after the credit for a prefix that the replica holds. Where several
+    (hot and cold as in Prequal, NSDI 2024). Soonest: the least ``(C + q) / (drain / (n + 1) * success^2 *
+    weight)``, with ``q`` the request's cost after the credit for a prefix that the replica holds, and ``n``
+    the requests in flight: who serves many at once gets more done in a second than who was given few, without
+    being any faster for one of them, and by ``drain`` alone the busy would be given ever more. Where several
     routers share replicas and this one has not heard of the others for a second, it would herd with them on
     old news: it takes the better of two random replicas instead, by cost alone.
     """
@@ -44,6 +46,7 @@ class Adaptive:
         eligible = eligible[load <= max(_nearest_rank(load, HOT_QUANTILE), HOT_FLOOR)]
         success = np.maximum(columns.success[eligible], _LEAST_SUCCESS)
         speed = self._drain_of(columns, eligible, ask.now) * success * success
+        speed /= columns.in_flight[eligible] + 1
         return least(columns, eligible, self._outstanding(columns, eligible, ask) / speed, self._rng)
 
     def _outstanding(self, columns: Columns, eligible: Places, ask: Ask) -> Floats:

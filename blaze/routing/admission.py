@@ -95,9 +95,8 @@ class WaitingRoom:
         place = 0
         while place < len(self._waiting):
             ticket = self._waiting[place]
-            lease = None if ticket.granted.done() else ticket.attempt()
-            if lease is not None:
-                ticket.granted.set_result(lease)
+            if not ticket.granted.done():
+                _try(ticket)
             if ticket.granted.done():
                 self._waiting.remove(ticket)
                 self._note_grant()
@@ -119,6 +118,17 @@ class WaitingRoom:
         self._granted_at = now if self._waiting else None
 
 
+def _try(ticket: _Ticket) -> None:
+    """What goes wrong is the waiting request's own: not of whoever has just made room for it."""
+    try:
+        lease = ticket.attempt()
+    except Exception as error:
+        ticket.granted.set_exception(error)
+        return
+    if lease is not None:
+        ticket.granted.set_result(lease)
+
+
 def _whole(seconds: float) -> float:
     """As the header wants it."""
     return float(max(1, ceil(seconds)))
@@ -129,4 +139,5 @@ def _by_rank(ticket: _Ticket) -> tuple[float, int]:
 
 
 def _is_granted(ticket: _Ticket) -> bool:
-    return ticket.granted.done() and not ticket.granted.cancelled()
+    granted = ticket.granted
+    return granted.done() and not granted.cancelled() and granted.exception() is None

@@ -75,8 +75,8 @@ class BreakerBoard:
     _breakers: dict[ReplicaId, Breaker] = field(default_factory=dict)
     _waiting_trips: dict[ReplicaId, None] = field(default_factory=dict)  # the oldest first
 
-    def sync(self, ids: Collection[ReplicaId]) -> None:
-        """Those that are gone leave nothing behind."""
+    def sync(self, ids: Collection[ReplicaId], *, forced_open: Collection[ReplicaId] = ()) -> None:
+        """Those that are gone leave nothing behind. ``forced_open``: by hand, before they were known here."""
         for gone in self._breakers.keys() - set(ids):
             del self._breakers[gone]
             self._waiting_trips.pop(gone, None)
@@ -86,6 +86,8 @@ class BreakerBoard:
                 self._breakers[replica_id] = Breaker(
                     TripPolicy(self.settings), generation=self.version, healthy_since=self.clock.now()
                 )
+                if replica_id in forced_open:
+                    self.act(replica_id, "open")
         self._carry_out_waiting_trips()
 
     # --- Questions -----------------------------------------------------------------------------------
@@ -104,6 +106,13 @@ class BreakerBoard:
     def state(self, replica_id: ReplicaId) -> BreakerState:
         self.admits(replica_id)
         return self._breakers[replica_id].state
+
+    def wants_probe(self, replica_id: ReplicaId) -> bool:
+        return self.admits(replica_id) and self._breakers[replica_id].state is BreakerState.HALF_OPEN
+
+    def open_ends(self) -> list[float]:
+        """When the open ones will let a request through."""
+        return [breaker.open_until for breaker in self._open() if not breaker.forced]
 
     def next_change(self) -> float:
         """When an answer of :meth:`admits` may next change by time alone; inf: never."""

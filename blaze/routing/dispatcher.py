@@ -12,26 +12,27 @@ import logging
 import math
 import random
 from collections import deque
-from collections.abc import Collection
 
 from blaze.checks import SEED_BOUND
 from blaze.clock import Clock
-from blaze.errors import ErrorInfo, Overloaded
+from blaze.errors import Overloaded
 from blaze.prompt_chain import PromptChain, prompt_chain
 from blaze.reports import BreakerEvent, ModelCounters, ReplicaCounters
 from blaze.routing.accounting import ModelAccount
 from blaze.routing.admission import WaitingRoom
 from blaze.routing.affinity import SessionTable
 from blaze.routing.breaker import BreakerBoard, BreakerState, Transition
-from blaze.routing.columns import Places, stable_hash
+from blaze.routing.columns import Places
 from blaze.routing.cost import CostModel
 from blaze.routing.least import LeastConnections
 from blaze.routing.outcome import Outcome
 from blaze.routing.pool import ReplicaPool
 from blaze.routing.prefix_credit import PrefixCredit
+from blaze.routing.rendezvous import IPHash
 from blaze.routing.replica import Lease
 from blaze.routing.replicas import ReplicaTable
 from blaze.routing.retries import RetryBudget, pause_s
+from blaze.routing.route import Route, affinity_key
 from blaze.routing.routed_stream import RoutedStream, RoutingState
 from blaze.routing.settings import DispatchSettings
 from blaze.routing.strategy import Ask, Pick, Strategy
@@ -103,49 +104,48 @@ class Dispatcher:
         timeout_s = self._settings.request_timeout_s if request.timeout_s is None else request.timeout_s
         deadline = self._clock.now() + timeout_s
         request = self._with_seed(request)
-        cost, key, chain = self._costs.of(request), _key(request), self._chain(request)
-        tried: list[ReplicaId] = []
+        route = Route(request, self._costs.of(request), affinity_key(request), self._chain(request), deadline)
         retries = lost = 0
-        while True:
-            now = self._clock.now()
-            credit = self.prefixes.of(chain, self.table.columns, now) if chain else None
-            stream = await self._attempt(request, Ask(now, cost, key, credit), tried, deadline)
-            if chain:
-                self.prefixes.sent(chain, stream.replica_id, now)
-            error = stream.error
-            if error is None or not error.retryable or self._clock.now() >= deadline:
-                return stream
-            # A replica that goes away is not the request's fault: it does not use up its retries.
-            lost += error.replica_gone
-            retries += not error.replica_gone
-            if retries > self._settings.max_retries or lost > self._settings.max_lost:
-                return stream
-            if not error.replica_gone and not self._retries.allows(self._active):
-                return stream
-            await stream.aclose()
-            tried.append(stream.replica_id)
-            await self._pause(error, retries)
-
-    async def _attempt(
-        self, request: Request, ask: Ask, tried: Collection[ReplicaId], deadline: float
-    ) -> RoutedStream:
-        lease = await self._acquire(request, ask, tried, deadline)
-        stream = self._start(request, lease, deadline)
+        reserved = False
         try:
-            if tried:
-                with self._retries.spent():
-                    await stream.begin()
-            else:
-                await stream.begin()
+            while True:
+                stream = await self._attempt(route)
+                error = stream.error
+                if error is None or not error.retryable:
+                    return stream
+                # A replica that goes away is not the request's fault: it does not use up its retries.
+                lost += error.replica_gone
+                retries += not error.replica_gone
+                pause = (
+                    0.0 if error.replica_gone else self._settings.retry_pause * pause_s(retries, self._rng)
+                )
+                if retries > self._settings.max_retries or lost > self._settings.max_lost:
+                    return stream
+                if self._clock.now() + pause >= deadline:
+                    return stream
+                if not error.replica_gone and not reserved:
+                    reserved = self._retries.reserve(self._active)
+                    if not reserved:
+                        return stream
+                self._retries.total += 1
+                await stream.aclose()
+                route.tried.append(stream.replica_id)
+                if pause > 0:
+                    await asyncio.sleep(pause)
+        finally:
+            if reserved:
+                self._retries.give_back()
+
+    async def _attempt(self, route: Route) -> RoutedStream:
+        stream = self._start(route.request, await self._acquire(route), route.deadline)
+        try:
+            await stream.begin()
         except BaseException:
             await stream.aclose()
             raise
+        if route.chain:
+            self.prefixes.sent(route.chain, stream.replica_id, self._clock.now())
         return stream
-
-    async def _pause(self, error: ErrorInfo, retries: int) -> None:
-        """Before a retry; a replica that is gone leaves nothing to wait for."""
-        if not error.replica_gone and self._settings.retry_pause > 0:
-            await asyncio.sleep(self._settings.retry_pause * pause_s(retries, self._rng))
 
     def counters(self) -> tuple[ModelCounters, tuple[ReplicaCounters, ...]]:
         counters = self._account.counters(strategy=self.strategy.name, waiting=len(self._room))
@@ -184,19 +184,19 @@ class Dispatcher:
 
     # --- Whose turn it is, and where ------------------------------------------------------------------
 
-    async def _acquire(
-        self, request: Request, ask: Ask, tried: Collection[ReplicaId], deadline: float
-    ) -> Lease:
+    async def _acquire(self, route: Route) -> Lease:
         def attempt() -> Lease | None:
+            now = self._clock.now()
             if self._settings.routers > 1:
-                self.table.columns.peers_age_s = self._clock.now() - self.table.peers_known_at
-            eligible = self.table.eligible(tried)
-            if not len(eligible) and not len(self.table.available(tried)):
+                self.table.columns.peers_age_s = now - self.table.peers_known_at
+            eligible = self.table.eligible(route.tried)
+            if not len(eligible) and not len(self.table.available(route.tried)):
                 eligible = self.table.eligible()  # nowhere else to go: where it has just failed
             if not len(eligible):
                 return None
-            pick = self._pick(request, eligible, ask)
-            return self.table.lease(pick.replica_id, cost=ask.cost, expires_at=deadline)
+            credit = self.prefixes.of(route.chain, self.table.columns, now) if route.chain else None
+            pick = self._pick(route.request, eligible, Ask(now, route.cost, route.key, credit))
+            return self.table.lease(pick.replica_id, cost=route.cost, expires_at=route.deadline)
 
         if not self._room:  # whoever waits already comes first
             lease = attempt()
@@ -205,13 +205,20 @@ class Dispatcher:
         if self.table.all_weights_are_zero:
             raise Overloaded("All replicas of the model have weight 0.", retry_after_s=1)
         self._recheck_soon()
-        remaining = max(0.0, deadline - self._clock.now())
-        priority = request.priority if isinstance(request, GenerateRequest) else 0
+        request = route.request
         return await self._room.wait(
-            attempt, remaining, selective=bool(tried), priority=priority, retry_after_s=self._retry_after_s
+            attempt,
+            max(0.0, route.deadline - self._clock.now()),
+            selective=bool(route.tried),
+            priority=request.priority if isinstance(request, GenerateRequest) else 0,
+            retry_after_s=self._retry_after_s,
         )
 
     def _pick(self, request: Request, eligible: Places, ask: Ask) -> Pick:
+        if self.table.probes and not isinstance(self.strategy, IPHash):
+            # Whatever the strategy thinks of it: a breaker can only close by requests. Those of a key's own
+            # replica come by themselves.
+            return Pick(self.table.probes[0])
         session = request.caller.session_id if self._settings.sticky_sessions else None
         if session is None:
             return self._choose(eligible, ask)
@@ -249,8 +256,7 @@ class Dispatcher:
         """When somebody may take a request again, as far as can be told."""
         if len(self.table.available()):
             return self._room.expected_wait_s()
-        change = self.table.breakers.next_change() - self._clock.now()
-        return change if math.isfinite(change) else self._settings.recheck_s
+        return self.table.back_in_s(self._settings.recheck_s)
 
     def _recheck_soon(self) -> None:
         """While requests wait: suspensions end by time alone, and an empty pool has to be woken."""
@@ -288,12 +294,3 @@ class Dispatcher:
         )
         if change.after is BreakerState.CLOSED:
             self.table.closed(change.replica_id)
-
-
-def _key(request: Request) -> int | None:
-    """What requests that belong together have in common."""
-    caller = request.caller
-    for kind, name in (("session", caller.session_id), ("user", caller.user), ("address", caller.address)):
-        if name:
-            return stable_hash(f"{kind}:{name}")
-    return None

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from blaze.reports import PeerLoad
+from blaze.reports import PeerLoad, ReplicaCounters
 from blaze.routing.breaker import Permit
+from blaze.routing.columns import Columns
 from blaze.routing.outcome import Outcome
 from blaze.routing.speed import Speed
 from blaze.types import ReplicaId
@@ -104,3 +105,19 @@ class Lease:
         self._open = False
         self._ledger.released(self, self._permit, outcome, response_s)
         return True
+
+
+def counters_of(model: str, replica: Replica, columns: Columns, place: int, breaker: str) -> ReplicaCounters:
+    response = float(columns.response[place])
+    return ReplicaCounters(
+        replica_id=replica.id,
+        model=model,
+        in_flight=replica.in_flight,
+        weight=float(columns.weight[place]),
+        requests=replica.requests,
+        failures=replica.failures,
+        cost=replica.cost,
+        ewma_ms=None if math.isnan(response) else response * 1000,
+        breaker=breaker,
+        draining=replica.draining,
+    )

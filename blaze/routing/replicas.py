@@ -8,13 +8,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import numpy as np
 
 from blaze.clock import Clock
-from blaze.errors import InvalidRequest, NotFound
+from blaze.control import SetWeight
+from blaze.errors import NotFound
 from blaze.reports import PeerLoad, ReplicaCounters
 from blaze.routing.breaker import BreakerBoard, Permit
 from blaze.routing.columns import Columns, Places
 from blaze.routing.least import peak_ewma
 from blaze.routing.outcome import Outcome
-from blaze.routing.replica import Lease, Replica, ReplicaInfo
+from blaze.routing.replica import Lease, Replica, ReplicaInfo, counters_of
 from blaze.types import ReplicaId
 
 _LONGEST_SUSPENSION_S = 30.0
@@ -32,12 +33,14 @@ class ReplicaTable:
         self.breakers = breakers
         self.on_capacity: list[Callable[[], None]] = []
         self.panic = False
+        self.probes: list[ReplicaId] = []  # half open, and nobody is trying them
         self._cap = cap
         self._clock = clock
         self._slow_start_s = slow_start_s
         self._by_id: dict[ReplicaId, Replica] = {}
         self._weights: dict[ReplicaId, float] = {}  # set by hand
-        self._drained: set[ReplicaId] = set()  # by hand, too
+        self._drained: frozenset[ReplicaId] = frozenset()  # by hand, too
+        self._forced_open: frozenset[ReplicaId] = frozenset()
         self.peers_known_at = -math.inf
         self._usable = np.empty(0, bool)  # alive, ready, not draining, admitted, weight above 0
         self._full = np.empty(0, bool)
@@ -63,7 +66,7 @@ class ReplicaTable:
             if replica_id not in self._by_id:
                 self._by_id[replica_id] = Replica(info, now)
                 self._by_id[replica_id].draining = replica_id in self._drained
-        self.breakers.sync(infos.keys())
+        self.breakers.sync(infos.keys(), forced_open=self._forced_open)
         self.columns.resize(infos)
         for replica_id, info in infos.items():
             weight = self._weights.get(replica_id, info.weight)
@@ -77,10 +80,8 @@ class ReplicaTable:
         self._notify()
 
     def suspend(self, replica_id: ReplicaId, seconds: float) -> None:
-        """A call to it was lost: do not pick it for a while, for twice as long after each loss in a row.
-
-        A dead replica leaves the live set meanwhile; one that was out of reach for a moment is picked again.
-        """
+        """A call to it was lost: do not pick it for a while, for twice as long after each loss in a row. By
+        then a dead replica has left the live set."""
         replica, now = self._by_id.get(replica_id), self._clock.now()
         if replica is not None and replica.suspended_until <= now:  # calls lost together are one loss
             pause = min(_LONGEST_SUSPENSION_S, seconds * 2.0 ** min(replica.lost_calls, 32))
@@ -90,22 +91,22 @@ class ReplicaTable:
 
     def set_weight(self, replica_id: ReplicaId, weight: float) -> None:
         """The operator's, from now on. Raises :class:`NotFound` and :class:`InvalidRequest`."""
-        place = self._place(replica_id)
-        if not math.isfinite(weight) or weight < 0:
-            raise InvalidRequest("weight: must be a number, at least 0", param="weight")
-        self._weights[replica_id] = weight
-        self.columns.weight[place] = weight
-        self.changed()
+        change = SetWeight(self.known(replica_id), weight)
+        self.follow(self._weights | {replica_id: change.weight}, self._drained, self._forced_open)
 
     def set_draining(self, replica_id: ReplicaId, draining: bool) -> None:
-        self._place(replica_id)
-        (self._drained.add if draining else self._drained.discard)(replica_id)
-        self._by_id[replica_id].draining = draining
-        self.changed()
+        others = self._drained - {self.known(replica_id)}
+        self.follow(self._weights, others | {replica_id} if draining else others, self._forced_open)
 
-    def follow(self, weights: Mapping[ReplicaId, float], drained: Collection[ReplicaId]) -> None:
+    def follow(
+        self,
+        weights: Mapping[ReplicaId, float],
+        drained: Collection[ReplicaId],
+        forced_open: Collection[ReplicaId] = (),
+    ) -> None:
         """What operators have decided, also of replicas that are not there yet."""
-        self._weights, self._drained = dict(weights), set(drained)
+        self._weights = dict(weights)
+        self._drained, self._forced_open = frozenset(drained), frozenset(forced_open)
         for replica_id, place in self.columns.place.items():
             self._by_id[replica_id].draining = replica_id in self._drained
             if replica_id in self._weights:
@@ -122,22 +123,23 @@ class ReplicaTable:
                 replica.suspect = replica.id in doubtful
             self.changed()
 
-    def set_peers(self, loads: Mapping[ReplicaId, PeerLoad]) -> None:
-        """What the other Routers have in flight."""
-        self.peers_known_at = self._clock.now()
+    def set_peers(self, loads: Mapping[ReplicaId, PeerLoad] | None) -> None:
+        """What the other Routers have in flight; None: nobody tells of them any more."""
+        if loads is not None:
+            self.peers_known_at = self._clock.now()
         for replica in self._by_id.values():
-            replica.peers = loads.get(replica.id, PeerLoad())
+            replica.peers = (loads or {}).get(replica.id, PeerLoad())
             self._write(replica)
 
-    def _place(self, replica_id: ReplicaId) -> int:
-        place = self.columns.place.get(replica_id)
-        if place is None:
+    def known(self, replica_id: ReplicaId) -> ReplicaId:
+        """Raises :class:`NotFound` for anything else."""
+        if replica_id not in self.columns.place:
             raise NotFound(f"There is no replica {replica_id[:80]!r}.", param="id")
-        return place
+        return replica_id
 
     def _place_of(self, replica: Replica) -> int | None:
-        """None: it is gone, even where another has come under its id."""
-        return self.columns.place.get(replica.id) if self._by_id.get(replica.id) is replica else None
+        """None of one that is gone, also when another has its id now."""
+        return self.columns.place[replica.id] if self._by_id.get(replica.id) is replica else None
 
     # --- Who may be picked ---------------------------------------------------------------------------
 
@@ -152,6 +154,12 @@ class ReplicaTable:
         """Replicas that could take a request, full or not."""
         self._look()
         return self._without(np.flatnonzero(self._usable), excluded)
+
+    def back_in_s(self, default_s: float) -> float:
+        """When a replica that is out now may be back, by time alone."""
+        now = self._clock.now()
+        times = [r.suspended_until for r in self._by_id.values() if r.suspended_until > now]
+        return min([*times, *self.breakers.open_ends()], default=now + default_s) - now
 
     @property
     def all_weights_are_zero(self) -> bool:
@@ -178,11 +186,17 @@ class ReplicaTable:
                 self.columns.ramp[place] = min(1.0, _LEAST_RAMP + (1 - _LEAST_RAMP) * grown)
                 if grown < 1:
                     again = min(again, now + _RAMP_STEP_S)
-        ready = [r for r in replicas if not r.draining and not r.suspect and r.suspended_until <= now]
+        weighed = self.columns.weight > 0
+        ready = [
+            r
+            for r, has_weight in zip(replicas, weighed, strict=True)
+            if has_weight and not (r.draining or r.suspect)
+        ]
         self.panic = 2 * self.breakers.refusing([r.id for r in ready]) > len(ready)
-        admitted = {r.id for r in ready if self.panic or self.breakers.admits(r.id)}
-        usable = np.array([id in admitted for id in self.columns.ids], bool)
-        self._usable = usable & (self.columns.weight > 0)
+        here = [r.id for r in ready if r.suspended_until <= now]
+        admitted = {id for id in here if self.panic or self.breakers.admits(id)}
+        self.probes = [id for id in here if self.breakers.wants_probe(id)]
+        self._usable = np.array([id in admitted for id in self.columns.ids], bool)
         self._eligible = None
         self._look_again_at = again
 
@@ -280,20 +294,6 @@ class ReplicaTable:
     def counters(self, model: str) -> tuple[ReplicaCounters, ...]:
         self._look()
         return tuple(
-            self._counters(model, self._by_id[id], place) for place, id in enumerate(self.columns.ids)
-        )
-
-    def _counters(self, model: str, replica: Replica, place: int) -> ReplicaCounters:
-        response = self.columns.response[place]
-        return ReplicaCounters(
-            replica_id=replica.id,
-            model=model,
-            in_flight=replica.in_flight,
-            weight=float(self.columns.weight[place]),
-            requests=replica.requests,
-            failures=replica.failures,
-            cost=replica.cost,
-            ewma_ms=None if math.isnan(response) else float(response) * 1000,
-            breaker=self.breakers.state(replica.id).value,
-            draining=replica.draining,
+            counters_of(model, self._by_id[id], self.columns, place, self.breakers.state(id).value)
+            for place, id in enumerate(self.columns.ids)
         )

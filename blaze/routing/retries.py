@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator
-from contextlib import contextmanager
 
 _ALWAYS = 3  # retries at a time, however few requests there are
 _SHARE = 0.2  # of the active requests
@@ -18,18 +16,15 @@ class RetryBudget:
         self._in_progress = 0
         self.total = 0
 
-    def allows(self, active: int) -> bool:
-        return self._in_progress < max(_ALWAYS, _SHARE * active)
-
-    @contextmanager
-    def spent(self) -> Generator[None]:
-        """For as long as the retry lasts."""
+    def reserve(self, active: int) -> bool:
+        """Leave for a request to be repeated, until :meth:`give_back`; False: too many are."""
+        if self._in_progress >= max(_ALWAYS, _SHARE * active):
+            return False
         self._in_progress += 1
-        self.total += 1
-        try:
-            yield
-        finally:
-            self._in_progress -= 1
+        return True
+
+    def give_back(self) -> None:
+        self._in_progress -= 1
 
 
 def pause_s(retry: int, rng: random.Random) -> float:

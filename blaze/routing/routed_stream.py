@@ -43,7 +43,8 @@ class RoutedStream:
         self._lease = lease
         self._state = state
         self._first: Events = ()
-        self._ended = False
+        self._ended = False  # as far as the replica is concerned
+        self._told = False  # the terminal event has been given out
         # The engine keeps the deadline itself and says so; who says nothing for a while longer has failed.
         # One timer for all of the answer: one per batch would be a good part of what a batch costs.
         self._patience_ends = deadline + state.deadline_grace_s
@@ -76,7 +77,7 @@ class RoutedStream:
         if self._first:
             first, self._first = self._first, ()
             return first
-        if self._ended:
+        if self._told:
             raise StopAsyncIteration
         return await self._next()
 
@@ -84,8 +85,10 @@ class RoutedStream:
         events = await self._receive()
         last = events[-1]
         if isinstance(last, Finished):
+            self._told = True
             self._finished(last)
         elif isinstance(last, Failed):
+            self._told = True
             if last.error.replica_gone:
                 self._state.table.suspend(self.replica_id, self._state.suspend_s)
             failed = last.error.is_failure or self._gave_up
@@ -94,7 +97,7 @@ class RoutedStream:
 
     async def _receive(self) -> Events:
         """The next batch; whatever goes wrong is a terminal event."""
-        if self._state.clock.now() >= self._patience_ends:
+        if self._is_late():
             self._give_up()
             return _TOO_LATE
         reader = self._reader = asyncio.current_task()
@@ -114,11 +117,16 @@ class RoutedStream:
         finally:
             self._reader = None
 
+    def _is_late(self) -> bool:
+        return self._gave_up or self._state.clock.now() >= self._patience_ends
+
     def _give_up(self) -> None:
         self._gave_up = True
         self._call.cancel()
         if self._reader is not None:
             self._reader.cancel()
+        elif not self._ended:  # nobody has asked for more: the replica is not to blame
+            self._end(Outcome.NEUTRAL)
 
     # --- What the answer says of its replica ---------------------------------------------------------
 

@@ -9,7 +9,11 @@ _SHORTEST_S = 0.05  # of busy time that is worth a sample
 
 
 class Speed:
-    """EWMA of the cost served per busy second; NaN before anything was served."""
+    """EWMA of the cost served per busy second; NaN before anything was served.
+
+    Busy time in which nothing was served at all does not count: it tells of a hang or of failures, which
+    others see to.
+    """
 
     __slots__ = ("_busy_since", "_seconds", "_served", "drain")
 
@@ -30,6 +34,8 @@ class Speed:
             self._seconds += now - self._busy_since
         self._busy_since = None if idle else now
         self._served += served
+        if not self._served:
+            self._seconds = 0.0  # a hang, or nothing but failures: that says nothing of its speed
         if not self._served or self._seconds < _SHORTEST_S:
             return
         sample, keep = self._served / self._seconds, math.exp(-self._seconds / _TAU_S)

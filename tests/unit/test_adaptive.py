@@ -37,8 +37,10 @@ def chosen(numbers: dict[str, Sequence[float]], *, cost: float = 10.0, credit: S
         ({"cost": (30, 10, 20), "ramp": (1, 0.1, 1)}, "c"),
         ({"cost": (0, 0, 0)}, "abc"),  # ties at random
         ({"cost": (10, 30, 10), "drain": (1, 2, 1)}, "abc"),
-        # In flight is how many, not how much: no matter here.
-        ({"cost": (30, 10, 20), "in_flight": (0, 50, 0)}, "b"),
+        ({"cost": (30, 10, 20), "in_flight": (3, 3, 3)}, "b"),
+        ({"cost": (30, 10, 20), "in_flight": (0, 1, 0)}, "c"),  # 20 * 2 = 40, but 30
+        # Who serves four at once in four times the drain is no faster for one of them.
+        ({"cost": (10, 10, 10), "drain": (4, 1, 1), "in_flight": (3, 0, 0)}, "abc"),
     ],
 )
 def test_the_least_cost_for_the_speed(numbers: dict[str, Sequence[float]], soonest: str) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
+
 from blaze.control import NO_CHANGES, ActOnBreaker, SetDraining, SetStrategy, SetWeight
+from blaze.errors import InvalidRequest
 from blaze.health.supervisor import HealthSettings, Supervisor
 from blaze.reports import EngineStatus, Heartbeat, PeerLoad, ReplicaCounters, RouterReport
 from blaze.types import EngineKind
@@ -28,6 +33,8 @@ def test_each_change_has_a_number_and_the_last_one_counts() -> None:
     assert control.weights == (("a", 0.0),)
     assert control.draining == ("b",)
     assert control.breakers == ((9, ActOnBreaker("a", "open")),)
+    assert control.forced_open == ("a",)
+    assert control.after(ActOnBreaker("a", "close")).forced_open == ()
     assert NO_CHANGES.version == 0
 
 
@@ -66,18 +73,42 @@ def test_a_router_that_is_gone_is_no_peer_any_more() -> None:
 def test_a_change_reaches_every_router_with_its_next_report() -> None:
     supervisor = Supervisor(HealthSettings(), FakeClock())
     supervisor.report(RouterReport("r1", (), ()))
-    made = supervisor.change(SetWeight("a", 0.5))
+    made = supervisor.change(SetWeight("a", 0.5), NO_CHANGES)
     assert supervisor.report(RouterReport("r1", (), ())).control == made
     assert supervisor.report(RouterReport("r2", (), ())).control == made
 
 
 def test_a_health_actor_that_has_come_back_learns_from_the_routers() -> None:
     first = Supervisor(HealthSettings(), FakeClock())
-    made = first.change(SetStrategy("m", "adaptive"))
+    made = first.change(SetStrategy("m", "adaptive"), NO_CHANGES)
     second = Supervisor(HealthSettings(), FakeClock())
     assert second.report(RouterReport("r1", (), (), made)).control == made
     assert second.report(RouterReport("r2", (), ())).control == made
-    assert second.change(SetWeight("a", 2.0)).version == made.version + 1
+    assert second.change(SetWeight("a", 2.0), NO_CHANGES).version == made.version + 1
+
+
+def test_a_change_that_reaches_a_new_health_actor_first_undoes_nothing() -> None:
+    known = Supervisor(HealthSettings(), FakeClock()).change(SetStrategy("m", "adaptive"), NO_CHANGES)
+    made = Supervisor(HealthSettings(), FakeClock()).change(SetWeight("a", 0.0), known)
+    assert (made.version, made.strategies, made.weights) == (2, (("m", "adaptive"),), (("a", 0.0),))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SetWeight("a", float("nan")),
+        lambda: SetWeight("a", -1),
+        lambda: SetWeight("a", 1e9),
+        lambda: SetWeight("a", "x"),  # type: ignore[arg-type]
+        lambda: SetWeight("", 1),
+        lambda: SetDraining("a", "yes"),  # type: ignore[arg-type]
+        lambda: ActOnBreaker("a", "explode"),  # type: ignore[arg-type]
+        lambda: SetStrategy("m", None),  # type: ignore[arg-type]
+    ],
+)
+def test_a_change_that_makes_no_sense_cannot_be_made(make: Callable[[], object]) -> None:
+    with pytest.raises(InvalidRequest):
+        make()
 
 
 def test_who_is_silent_or_has_failed_is_suspect() -> None:

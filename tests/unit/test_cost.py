@@ -142,12 +142,21 @@ def test_old_speeds_fade_with_busy_time(seconds: float) -> None:
     assert speed.drain == pytest.approx(keep * 100.0 + (1 - keep) * 20.0)
 
 
-def test_time_without_a_success_counts_with_the_next_one() -> None:
+def test_time_in_which_nothing_was_served_says_nothing() -> None:
+    """A replica that hung until its request was cancelled is not slow for ever."""
     speed = Speed()
     speed.began(0.0)
-    speed.ended(3.0, 0.0, idle=True)
-    speed.began(10.0)
-    speed.ended(11.0, 20.0, idle=True)
+    speed.ended(300.0, 0.0, idle=True)
+    speed.began(310.0)
+    speed.ended(311.0, 20.0, idle=True)
+    assert speed.drain == pytest.approx(20.0)
+
+
+def test_a_failure_beside_successes_takes_time_and_serves_nothing() -> None:
+    speed = Speed()
+    speed.began(0.0)
+    speed.ended(0.02, 20.0, idle=False)
+    speed.ended(4.0, 0.0, idle=True)
     assert speed.drain == pytest.approx(5.0)
 
 

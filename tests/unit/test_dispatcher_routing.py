@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 import pytest
 
-from blaze.errors import EngineFailure, InvalidRequest, Overloaded
+from blaze.errors import EngineFailure, InvalidRequest, Overloaded, ReplicaLost
 from blaze.routing.columns import Columns, Places
-from blaze.routing.dispatcher import _key
+from blaze.routing.outcome import Outcome
+from blaze.routing.route import affinity_key
 from blaze.routing.strategies import STRATEGY_NAMES
 from blaze.routing.strategy import Ask, Pick
-from blaze.types import Caller, GenerateRequest
+from blaze.types import Caller, Failed, GenerateRequest, Started, TextDelta
 from tests.fakes import FakePool, answer
 from tests.routing_bench import RoutingBench
-from tests.samples import image_answer, image_request, text_of, text_request
+from tests.samples import collect, image_answer, image_request, terminals, text_of, text_request
 from tests.waiting import until
+
+BEGINNING = (Started((1, 2)), TextDelta(0, "be", (5,)))
 
 
 class Broken:
@@ -117,13 +121,13 @@ async def test_without_sticky_sessions_an_id_changes_nothing() -> None:
 def test_the_key_is_the_session_then_the_user_then_the_address() -> None:
     everything = Caller("s", "u", "10.0.0.1")
     keys = [
-        _key(text_request(caller=caller))
+        affinity_key(text_request(caller=caller))
         for caller in (everything, Caller(None, "u", "10.0.0.1"), Caller(address="10.0.0.1"), Caller())
     ]
     assert len(set(keys)) == 4
     assert keys[-1] is None
-    assert _key(text_request(caller=Caller("s", "another", "10.0.0.2"))) == keys[0]
-    assert _key(text_request(caller=Caller(user="s"))) != keys[0]
+    assert affinity_key(text_request(caller=Caller("s", "another", "10.0.0.2"))) == keys[0]
+    assert affinity_key(text_request(caller=Caller(user="s"))) != keys[0]
 
 
 async def test_five_failures_in_a_row_take_a_replica_out_of_turn() -> None:
@@ -151,7 +155,7 @@ async def test_a_replica_that_has_recovered_is_back_after_two_probes() -> None:
         await bench.ask(text_request())
     _, replicas = bench.dispatcher.counters()
     assert {replica.replica_id: replica.breaker for replica in replicas} == {"a": "closed", "b": "closed"}
-    assert bench.called[-4:].count("a") == 2
+    assert bench.called[-4:-2] == ["a", "a"]  # the probes, whoever's turn it was
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("no"), Overloaded("full")])
@@ -218,3 +222,93 @@ async def test_whoever_is_more_urgent_waits_less() -> None:
     bench.pool.open_calls[0].release()
     await asyncio.gather(first, *waiting)
     assert order == [0, 1, 3, 5]
+
+
+async def test_the_budget_holds_while_retries_pause_and_wait() -> None:
+    pool = FakePool(tuple("abcdefgh"), next_scripts=[[EngineFailure("first")] for _ in range(60)], held=True)
+    bench = RoutingBench(pool, max_retries=1, retry_pause=1.0, max_in_flight=64)
+    tasks = [asyncio.create_task(bench.ask(text_request())) for _ in range(60)]
+    await until(lambda: len(pool.open_calls) == 60)
+    pool.held = False
+    for call in tuple(pool.open_calls):
+        call.release()
+    await asyncio.gather(*tasks)
+    assert 0 < bench.dispatcher.counters()[0].retries <= 12  # 20 % of 60
+
+
+async def test_moves_off_a_replica_that_is_gone_use_none_of_the_budget() -> None:
+    lost = [[ReplicaLost("died")] for _ in range(7)]
+    pool = FakePool(tuple("abcdefgh"), next_scripts=lost, held=True)
+    bench = RoutingBench(pool, max_retries=1)
+    moving = [asyncio.create_task(bench.ask(text_request())) for _ in range(7)]
+    await until(lambda: len(pool.open_calls) == 7)
+    for call in tuple(pool.open_calls):
+        call.release()
+    await until(lambda: len(pool.open_calls) == 14)  # seven attempts after the first are under way
+    pool.next_scripts, pool.held = [[EngineFailure("once")]], False
+    assert text_of(await bench.ask(text_request())) == "ok"
+    for call in pool.open_calls:
+        call.release()
+    assert [text_of(await task) for task in moving] == ["ok"] * 7
+
+
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
+async def test_whoever_has_recovered_is_tried_whatever_the_strategy_thinks_of_it(name: str) -> None:
+    bench = RoutingBench(FakePool(("a", "b", "c", "d")), strategy=name)
+    for _ in range(5):
+        bench.dispatcher.table.lease("a").release(Outcome.FAILURE)
+    assert bench.dispatcher.counters()[1][0].breaker == "open"
+    bench.clock.advance(1.6)
+    for number in range(40):
+        await bench.ask(text_request(caller=Caller(user=str(number))))
+    assert {replica.breaker for replica in bench.dispatcher.counters()[1]} == {"closed"}
+
+
+async def test_a_reader_that_comes_too_late_is_not_held_against_the_replica() -> None:
+    bench = RoutingBench(FakePool(("a",), scripts={"a": [[BEGINNING, *answer()]]}))
+    stream = await bench.dispatcher.open(text_request(timeout_s=5.0))
+    bench.clock.advance(6.0)
+    events = await collect(stream)
+    assert isinstance(events[-1], Failed)
+    assert events[-1].error.http_status == 504
+    assert bench.outcomes == {"success": 0, "failure": 0, "neutral": 1}
+
+
+async def test_a_stream_that_nobody_reads_gives_its_place_back() -> None:
+    bench = RoutingBench(FakePool(("a",), scripts={"a": [[BEGINNING, *answer()]]}))
+    stream = await bench.dispatcher.open(text_request(timeout_s=0.02))
+    await until(lambda: bench.in_flight == {"a": 0})
+    events = await collect(stream)
+    assert len(terminals(events)) == 1
+
+
+async def test_what_goes_wrong_with_a_waiting_request_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = RoutingBench(FakePool(("a",), held=True), max_in_flight=1)
+    first = asyncio.create_task(bench.ask(text_request()))
+    await until(lambda: len(bench.called) == 1)
+    waiting = [asyncio.create_task(bench.ask(text_request())) for _ in range(2)]
+    await until(lambda: bench.waiting == 2)
+    broken, fine = bench.dispatcher._pick, [False, True]
+
+    def pick(*arguments: Any) -> Pick:
+        if not fine.pop(0):
+            raise ZeroDivisionError("a bug")
+        return broken(*arguments)
+
+    monkeypatch.setattr(bench.dispatcher, "_pick", pick)
+    bench.pool.held = False
+    bench.pool.open_calls[0].release()
+    assert text_of(await first) == "ok"
+    found = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(found[0], ZeroDivisionError)
+    assert not isinstance(found[1], BaseException) and text_of(found[1]) == "ok"
+    assert bench.in_flight == {"a": 0}
+
+
+async def test_retry_after_is_when_the_first_one_may_be_back() -> None:
+    bench = RoutingBench(FakePool(("a", "b")), max_queued=0)
+    for replica_id in ("a", "b"):
+        bench.dispatcher.table.suspend(replica_id, 7.0)
+    with pytest.raises(Overloaded) as caught:
+        await bench.dispatcher.open(text_request())
+    assert caught.value.retry_after_s == 7.0
