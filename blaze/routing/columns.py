@@ -23,6 +23,7 @@ _FLOATS: dict[str, float] = {  # and what they are for a replica that has just c
     "weight": 1.0,
     "ramp": 1.0,
     "in_flight": 0.0,
+    "in_flight_here": 0.0,
     "cost": 0.0,
     "drain": np.nan,
     "success": 1.0,
@@ -36,10 +37,10 @@ class Columns:
     """All arrays have one entry for each live replica, in the order of ids.
 
     ``weight``: the operator's. ``ramp``: 0.1 to 1, while a replica starts slowly. ``in_flight`` and ``cost``:
-    of all Routers, as far as this one knows. ``drain``: EWMA of the cost served per busy second; NaN before
-    anything was served. ``success``: EWMA of 1 for a success and 0 for a failure. ``response``: peak EWMA of
-    response times in seconds at ``measured_at``; NaN: never measured. ``waiting_since``: when the oldest
-    request was sent that has no content yet; inf: there is none.
+    of all Routers, as far as this one knows; ``in_flight_here``: of this one alone. ``drain``: EWMA of the
+    cost served per busy second; NaN before anything was served. ``success``: EWMA of 1 for a success and 0
+    for a failure. ``response``: peak EWMA of response times in seconds at ``measured_at``; NaN: never
+    measured. ``waiting_since``: when the oldest request was sent that has no content yet; inf: there is none.
 
     ``cost_cap``: what a replica is taken to carry when it is full. ``peers_age_s``: how old the knowledge of
     other Routers' requests is; 0 where there are none.
@@ -48,6 +49,7 @@ class Columns:
     weight: Floats
     ramp: Floats
     in_flight: Floats
+    in_flight_here: Floats
     cost: Floats
     drain: Floats
     success: Floats

@@ -20,8 +20,9 @@ class IPHash:
     Ravishankar, "Using Name-Based Mappings to Increase Hit Rates", 1998; weights after Schindelhauer &
     Schomaker, 2005). Room: less in flight than 1.25 times its share, rounded up (Mirrokni, Thorup &
     Zadimoghaddam, "Consistent Hashing with Bounded Loads", 2018), so that a popular key spills over to the
-    next one in its order. Slow start is not for it, or keys would move while a replica warms up. A request
-    without a key goes where the fewest are in flight.
+    next one in its order; of this router's requests, for those of others are known too late. Slow start is
+    not for it, or keys would move while a replica warms up. A request without a key goes where the fewest
+    are in flight.
     """
 
     name = "ip_hash"
@@ -33,7 +34,7 @@ class IPHash:
     def choose(self, columns: Columns, eligible: Places, ask: Ask) -> Pick | None:
         if ask.key is None or not len(eligible):
             return self._without_key.choose(columns, eligible, ask)
-        weight, in_flight = columns.weight[eligible], columns.in_flight[eligible]
+        weight, in_flight = columns.weight[eligible], columns.in_flight_here[eligible]
         scores = weight / -np.log(unit(mixed(columns.hashes[eligible], ask.key)))
         room = np.ceil(BALANCE * (in_flight.sum() + 1) * weight / weight.sum())
         scores[in_flight >= room] = 0.0  # somebody always has room: the rooms add up to more than there is

@@ -80,8 +80,7 @@ class ReplicaTable:
         self._notify()
 
     def suspend(self, replica_id: ReplicaId, seconds: float) -> None:
-        """A call to it was lost: do not pick it for a while, for twice as long after each loss in a row. By
-        then a dead replica has left the live set."""
+        """A call to it was lost: do not pick it for a while, for twice as long after each loss in a row."""
         replica, now = self._by_id.get(replica_id), self._clock.now()
         if replica is not None and replica.suspended_until <= now:  # calls lost together are one loss
             pause = min(_LONGEST_SUSPENSION_S, seconds * 2.0 ** min(replica.lost_calls, 32))
@@ -277,6 +276,7 @@ class ReplicaTable:
         if place is None:
             return
         columns = self.columns
+        columns.in_flight_here[place] = replica.in_flight
         columns.in_flight[place] = replica.in_flight + replica.peers.in_flight
         columns.cost[place] = replica.cost + replica.peers.cost
         columns.waiting_since[place] = next(iter(replica.waiting.values()), math.inf)

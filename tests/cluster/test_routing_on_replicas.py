@@ -14,9 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-import blaze
 from blaze.config import STRATEGIES
-from blaze.control import SetStrategy
 from tests.cluster.served import Served, served, simulator
 from tests.waiting import eventually
 
@@ -113,8 +111,11 @@ def test_a_strategy_is_changed_by_the_command_line_and_over_a_handle(app: Served
         subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "sim: adaptive"
     )
     eventually(lambda: strategies(app) == {"adaptive"}, within_s=5.0)
-    client = blaze.connect(app.cluster.address)
-    client.change(SetStrategy("sim", "round_robin"))
+    over_a_handle = (
+        "import sys, blaze; from blaze.control import SetStrategy; "
+        "blaze.connect(sys.argv[1]).change(SetStrategy('sim', 'round_robin'))"
+    )
+    subprocess.run([sys.executable, "-c", over_a_handle, app.cluster.address], check=True)
     eventually(lambda: strategies(app) == {"round_robin"}, within_s=5.0)
 
 

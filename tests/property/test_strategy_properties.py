@@ -35,6 +35,7 @@ NUMBERS = st.fixed_dictionaries(
         "weight": st.sampled_from([0.5, 1.0, 4.0]),
         "ramp": st.sampled_from([0.1, 0.7, 1.0]),
         "in_flight": st.integers(0, 5),
+        "in_flight_here": st.integers(0, 5),
         "cost": st.sampled_from([0.0, 3.0, 100.0, 1e9]),
         "drain": st.sampled_from([math.nan, 0.5, 20.0]),
         "success": st.sampled_from([0.0, 0.5, 1.0]),
@@ -276,13 +277,13 @@ def test_bounded_load_holds_under_popular_keys_and_random_completions(
     for _ in range(150):
         for _ in range(rng.randrange(3) if len(running) > 40 else rng.randrange(2)):
             if running:
-                seen.in_flight[running.pop(rng.randrange(len(running)))] -= 1
+                seen.in_flight_here[running.pop(rng.randrange(len(running)))] -= 1
         (key,) = rng.choices(keys, popular)
         (chosen,) = picks(strategy, seen, ask=Ask(0.0, key=key))
         assert chosen is not None
         place = seen.place[chosen]
-        seen.in_flight[place] += 1
+        seen.in_flight_here[place] += 1
         running.append(place)
         most = max(most, len(running))
-        assert seen.in_flight[place] <= BALANCE * len(running) * shares[place] + 1
-        assert (seen.in_flight <= BALANCE * most * shares + 1).all()
+        assert seen.in_flight_here[place] <= BALANCE * len(running) * shares[place] + 1
+        assert (seen.in_flight_here <= BALANCE * most * shares + 1).all()

@@ -124,7 +124,7 @@ def test_a_popular_key_spills_over_in_its_own_order(replicas: int, ranks: str) -
     for _ in ranks:
         chosen = asked(strategy, seen, key)
         assert chosen is not None
-        seen.in_flight[seen.place[chosen]] += 1
+        seen.in_flight_here[seen.place[chosen]] += 1
         found.append(str(preferred.index(chosen)))
     assert "".join(found) == ranks
 
@@ -147,13 +147,13 @@ def test_room_is_a_quarter_more_than_the_share_rounded_up(
 ) -> None:
     # A key that prefers "a" whatever the weights of these cases are.
     key = next(key for key in KEYS if order(columns("abcde", weight=(1, 9, 9, 9, 9)), key)[0] == "a")
-    seen = columns("abcde", in_flight=(own, *others), weight=(weight, *other_weights))
+    seen = columns("abcde", in_flight_here=(own, *others), weight=(weight, *other_weights))
     assert (asked(IPHash(random.Random(0)), seen, key) == "a") is has_room
 
 
 def test_what_the_ineligible_have_in_flight_makes_no_room() -> None:
     key = next(key for key in KEYS if order(columns("abc"), key)[0] == "a")
-    seen = columns("abc", in_flight=(2, 0, 100))
+    seen = columns("abc", in_flight_here=(2, 0, 100))
     assert asked(IPHash(random.Random(0)), seen, key) == "a", "ceil(1.25 * 103 / 3) = 43"
     assert asked(IPHash(random.Random(0)), seen, key, among="ab") == "b", "ceil(1.25 * 3 / 2) = 2"
 
