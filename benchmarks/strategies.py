@@ -79,20 +79,22 @@ def plot(rows: Sequence[Measured], path: Path) -> None:
 # --- On Serve ----------------------------------------------------------------------------------------
 
 
-def serve(workload: Workload, *, seconds: float, warmup_s: float) -> Iterator[tuple[Measured, on_serve.Turn]]:
+def serve(
+    workload: Workload, loads: Sequence[float], routers: Sequence[str], *, seconds: float
+) -> Iterator[tuple[Measured, on_serve.Turn]]:
     def play(server: on_serve.Server, name: str, load: float) -> tuple[Measured, on_serve.Turn]:
-        tally = Tally(warmup_s, seconds)
+        tally = Tally(seconds / 4, seconds)
         turn = asyncio.run(server.play(workload.arrivals(load, seconds, seed=0), tally))
         return Measured.of(name, load, [tally]), turn
 
     with on_serve.blaze(workload) as (server, change):
-        for load in LOADS:
+        for load in loads:
             for name in ON_SERVE:
                 change(name)
                 yield play(server, name, load)
-    for name in RAY_ROUTERS:
+    for name in routers:
         with on_serve.ray(name, workload) as server:
-            for load in LOADS:
+            for load in loads:
                 yield play(server, name, load)
 
 
@@ -118,7 +120,7 @@ def report(rows: Sequence[Measured], turns: Sequence[on_serve.Turn] = ()) -> Non
             f"{row.load:>5.0%}  {row.name:26}{row.requests:>9}{row.ttft_p50_s:>8.3f}{row.ttft_p99_s:>8.2f}"
             f"{row.failures:>8}{row.finished_per_s:>8.2f}{row.slow_share:>9.1%}{row.failing_share:>9.1%}{last}"
         )
-    for load in LOADS:
+    for load in sorted({row.load for row in rows} & {*LOADS}):
         of = {row.name: row for row in rows if row.load == load}
         for rival, most in TARGETS.items():
             ratio = of[OURS].ttft_p99_s / of[rival].ttft_p99_s
@@ -147,19 +149,22 @@ def main() -> None:
     print(whole["machine"])
     if options.only != "serve":
         rounds, seconds, warmup_s = (1, 60.0, 20.0) if options.quick else (options.rounds, 1200.0, 120.0)
-        loads = sorted({*LOADS, *(PLOTTED if options.plot else ())})
+        simulated = sorted({*LOADS, *(PLOTTED if options.plot else ())})
         workload = replace(SIMULATED, known=not options.unknown)
         print(f"simulation: {rounds} rounds of {seconds:.0f} s, {workload}, {workload.capacity_per_s:.2f}/s")
-        rows = simulation(workload, loads, rounds=rounds, seconds=seconds, warmup_s=warmup_s)
+        rows = simulation(workload, simulated, rounds=rounds, seconds=seconds, warmup_s=warmup_s)
         report(rows)
         whole["simulation"] = [row.row() for row in rows]
         if options.plot:
             plot(rows, options.plot)
     if options.only != "simulation":
-        seconds = 8.0 if options.quick else options.seconds
         workload = replace(SERVED, known=not options.unknown)
+        loads, routers = LOADS[: 1 if options.quick else None], (TWO,) if options.quick else (*RAY_ROUTERS,)
+        if options.quick:
+            workload = replace(workload, inter_token_ms=25.0)
+        seconds = 4.0 if options.quick else options.seconds
         print(f"Serve: {seconds:.0f} s a turn, {workload}, {workload.capacity_per_s:.2f}/s")
-        played = list(serve(workload, seconds=seconds, warmup_s=seconds / 4))
+        played = list(serve(workload, loads, routers, seconds=seconds))
         served, turns = [row for row, _ in played], [turn for _, turn in played]
         report(served, turns)
         whole["serve"] = [row.row() | vars(turn) for row, turn in played]
