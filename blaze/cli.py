@@ -110,19 +110,7 @@ def status(
     for model in body["models"]:
         ready = f"{model['ready']}/{model['replicas']}"
         models.add_row(model["name"], model["engine"], model["strategy"], ready, str(model["waiting"]))
-    replicas = Table(
-        "replica",
-        "model",
-        "pid",
-        "state",
-        "breaker",
-        "in flight",
-        "weight",
-        "EWMA",
-        "requests",
-        "failures",
-        "memory",
-    )
+    replicas = Table(*_REPLICA_COLUMNS)
     for replica in body["replicas"]:
         ewma = "" if replica["ewma_ms"] is None else f"{replica['ewma_ms']:.0f} ms"
         weight = "" if replica["weight"] is None else f"{replica['weight']:g}"
