@@ -28,7 +28,7 @@ from blaze.api.schemas import (
     TextBody,
     parse,
 )
-from blaze.api.service import AnswerStream, ModelCard, Service
+from blaze.api.service import AnswerStream, ModelCard, Opener, Service
 from blaze.api.sse import ChunkWriter, sse
 from blaze.clock import Clock, SystemClock
 from blaze.errors import (
@@ -93,7 +93,7 @@ class _Handlers:
         holder = self._guard.admit(http)
         body = parse(ChatCompletionRequest, await read_body(http, self._max_body_bytes))
         request = translate.chat_request(body, http.scope["blaze.request_id"], self._caller(http, body.user))
-        stream = await self._begin(http, holder, self._service.open(request))
+        stream = await self._begin(http, holder, lambda opener: opener.open(request))
         return await self._answer_text(stream, body, "chat", translate.chat_object)
 
     async def completions(self, http: HTTPRequest) -> Response:
@@ -101,13 +101,8 @@ class _Handlers:
         body = parse(CompletionRequest, await read_body(http, self._max_body_bytes))
         caller = self._caller(http, body.user)
         requests = translate.completion_requests(body, http.scope["blaze.request_id"], caller)
-        stream = await self._begin(http, holder, self._open_all(requests))
+        stream = await self._begin(http, holder, lambda opener: _open_all(opener, requests))
         return await self._answer_text(stream, body, "completion", translate.completion_object)
-
-    async def _open_all(self, requests: Sequence[GenerateRequest]) -> AnswerStream:
-        if len(requests) == 1:
-            return await self._service.open(requests[0])
-        return await MergedStream.open(self._service, requests)
 
     async def _answer_text(
         self,
@@ -130,8 +125,8 @@ class _Handlers:
         holder = self._guard.admit(http)
         body = parse(ImageGenerationRequest, await read_body(http, self._max_body_bytes))
         request = translate.image_request(body, http.scope["blaze.request_id"], self._caller(http, body.user))
-        answer = await _collect(await self._begin(http, holder, self._service.open(request)))
-        return JSONResponse(translate.images_object(answer, int(time.time())))
+        stream = await self._begin(http, holder, lambda opener: opener.open(request))
+        return JSONResponse(translate.images_object(await _collect(stream), int(time.time())))
 
     # --- About the service --------------------------------------------------------------------------
 
@@ -175,14 +170,15 @@ class _Handlers:
         return Caller(None if session is None else check_session_id(session), user, address)
 
     async def _begin(
-        self, http: HTTPRequest, holder: KeyHolder, opening: Awaitable[AnswerStream]
+        self, http: HTTPRequest, holder: KeyHolder, begin: Callable[[Opener], Awaitable[AnswerStream]]
     ) -> AnswerStream:
         """The answer, once it has begun: an error until here can still be a plain response."""
-        stream = await opening
+        with self._guard.charging(holder, self._service) as opener:
+            stream = await begin(opener)
         http.scope["blaze.replica"] = stream.replica_id
         if stream.error is not None:
             raise RemoteError(stream.error)
-        return self._guard.charged(holder, stream)
+        return stream
 
 
 class _EventStream(Response):
@@ -209,6 +205,10 @@ class _EventStream(Response):
                 await send({"type": "http.response.body", "body": text.encode(), "more_body": not last})
         finally:
             await self._stream.aclose()
+
+
+async def _open_all(opener: Opener, requests: Sequence[GenerateRequest]) -> AnswerStream:
+    return await (opener.open(requests[0]) if len(requests) == 1 else MergedStream.open(opener, requests))
 
 
 async def _collect(stream: AnswerStream) -> translate.Answer:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from starlette.requests import Request as HTTPRequest
 
+from blaze.api.charged import ChargedAnswers
 from blaze.api.keys import KeyHolder, KeyRing
 from blaze.api.limits import RateLimits
-from blaze.api.service import AnswerStream
-from blaze.errors import ErrorInfo
-from blaze.types import Event, Events, Finished, ReplicaId, Started, TextDelta
+from blaze.api.service import Opener
 
 
 class Guard:
@@ -32,51 +34,15 @@ class Guard:
         """Raises :class:`Unauthorized` and :class:`Forbidden`."""
         self._keys.authorize(http.headers.get("authorization"), admin=True)
 
-    def charged(self, holder: KeyHolder, stream: AnswerStream) -> AnswerStream:
-        """The same answer; what it uses is put down to the key."""
+    @contextmanager
+    def charging(self, holder: KeyHolder, opener: Opener) -> Iterator[Opener]:
+        """To open the answers to one HTTP request with; what they use is put down to the key."""
         if holder.limits.tokens_per_minute is None:
-            return stream
-        return _ChargedStream(stream, holder, self._limits)
-
-
-class _ChargedStream:
-    """Who leaves in the middle pays for what came until then."""
-
-    def __init__(self, stream: AnswerStream, holder: KeyHolder, limits: RateLimits) -> None:
-        self._stream = stream
-        self._holder = holder
-        self._limits = limits
-        self._tokens = 0
-        self._charged = False
-
-    @property
-    def replica_id(self) -> ReplicaId | None:
-        return self._stream.replica_id
-
-    @property
-    def error(self) -> ErrorInfo | None:
-        return self._stream.error
-
-    async def __aiter__(self) -> AsyncIterator[Events]:
-        async for events in self._stream:
-            for event in events:
-                self._count(event)
-            yield events
-
-    async def aclose(self) -> None:
-        self._charge()
-        await self._stream.aclose()
-
-    def _count(self, event: Event) -> None:
-        if isinstance(event, Started):
-            self._tokens += len(event.prompt_token_ids)
-        elif isinstance(event, TextDelta) and not event.echo:
-            self._tokens += len(event.token_ids)
-        elif isinstance(event, Finished):
-            self._tokens = event.usage.prompt_tokens + event.usage.completion_tokens
-            self._charge()
-
-    def _charge(self) -> None:
-        if not self._charged:
-            self._charged = True
-            self._limits.charge(self._holder, self._tokens)
+            yield opener
+            return
+        answers = ChargedAnswers(opener, partial(self._limits.charge, holder))
+        try:
+            yield answers
+        except asyncio.CancelledError:  # what the server does to a request whose client is gone
+            answers.charge_given_up()
+            raise

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import aclosing
 from typing import Self
 
-from blaze.api.service import Service
+from blaze.api.service import Opener
 from blaze.errors import ErrorInfo
 from blaze.types import (
     ChoiceFinished,
@@ -43,16 +44,16 @@ class MergedStream:
         self._taken = asyncio.Event()
 
     @classmethod
-    async def open(cls, service: Service, requests: Sequence[GenerateRequest]) -> Self:
+    async def open(cls, opener: Opener, requests: Sequence[GenerateRequest]) -> Self:
         """Send all requests and wait for the first content of every answer.
 
         An error before that is the stream's only event, and the other answers are given up. Raises what
-        ``service.open`` raises. The caller owns the stream and must close it.
+        ``opener.open`` raises. The caller owns the stream and must close it.
         """
         merged = cls(len(requests))
         first_index = 0
         for request in requests:
-            merged._readers.append(asyncio.create_task(merged._read(service, request, first_index)))
+            merged._readers.append(asyncio.create_task(merged._read(opener, request, first_index)))
             first_index += request.sampling.n
         try:
             while merged._num_waiting and not merged._ended:
@@ -91,9 +92,9 @@ class MergedStream:
 
     # --- One task per answer ------------------------------------------------------------------------
 
-    async def _read(self, service: Service, request: GenerateRequest, first_index: int) -> None:
+    async def _read(self, opener: Opener, request: GenerateRequest, first_index: int) -> None:
         try:
-            async with await service.open(request) as stream:
+            async with aclosing(await opener.open(request)) as stream:
                 self.replica_id = self.replica_id or stream.replica_id
                 self._num_waiting -= stream.error is None
                 async for events in stream:
@@ -108,7 +109,7 @@ class MergedStream:
             self._raised = error
             self._news.set()
 
-    def _fail(self, failed: Failed, replica_id: ReplicaId) -> None:
+    def _fail(self, failed: Failed, replica_id: ReplicaId | None) -> None:
         """Nothing of the answer has left yet: all of it is this error."""
         self.error = failed.error
         self.replica_id = replica_id

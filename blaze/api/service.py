@@ -48,6 +48,14 @@ class AnswerStream(Protocol):
     async def aclose(self) -> None: ...
 
 
+class Opener(Protocol):
+    """What requests are answered by: a :class:`Service`, or something around it."""
+
+    async def open(self, request: Request) -> AnswerStream:
+        """As :meth:`Service.open`."""
+        ...
+
+
 class Service(Protocol):
     def models(self) -> Sequence[ModelCard]: ...
 
