@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.strategies_replicas import Ask, SimulatedReplica, VirtualLoop, Work
 from benchmarks.strategies_routers import RAY_ROUTERS, ray
-from benchmarks.strategies_workload import CAP, REPLICAS, Arrival, Tally, Workload
+from benchmarks.strategies_workload import CAP, REPLICAS, SLOTS, Arrival, Tally, Workload
 from blaze.errors import Overloaded
 from blaze.routing.dispatcher import Dispatcher
 from blaze.routing.replica import ReplicaInfo
@@ -107,7 +107,7 @@ def blaze(
         make_strategy(strategy, rng=rng),
         clock=loop,
         rng=rng,
-        settings=DispatchSettings(max_in_flight=CAP, breaker=breaker),
+        settings=DispatchSettings(max_in_flight=CAP, at_once=SLOTS, breaker=breaker),
     )
 
     async def ask(arrival: Arrival) -> float | None:

@@ -75,7 +75,7 @@ class Workload:
 
 SIMULATED = Workload(50.0, 20.0, ((32, 0.8), (512, 0.2)), ((50, 0.7), (400, 0.25), (2000, 0.05)))
 # Long times between tokens, so that few events come of 32 busy slots: two cores carry them with ease.
-SERVED = Workload(50.0, 100.0, ((6, 0.8), (60, 0.2)), ((10, 0.7), (40, 0.25), (200, 0.05)))
+SERVED = Workload(50.0, 60.0, ((6, 0.8), (60, 0.2)), ((10, 0.7), (40, 0.25), (200, 0.05)))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from blaze.config_errors import describe
 from blaze.engine_config import (
     DiffusionConfig,
     LLMConfig,
@@ -175,14 +176,16 @@ class ModelConfig(Settings):
     @property
     def in_flight_cap(self) -> int:
         """How many requests one Router has in flight on one replica at the most."""
-        if self.max_in_flight is not None:
-            return self.max_in_flight
-        at_once = {
+        return 2 * self.at_once if self.max_in_flight is None else self.max_in_flight
+
+    @property
+    def at_once(self) -> int:
+        """How many requests a replica works on at the same time."""
+        return {
             EngineKind.LLM: self.llm_options.max_batch_size,
             EngineKind.DIFFUSION: self.diffusion_options.max_batch_size,
             EngineKind.SIMULATOR: self.simulator_options.slots,
-        }
-        return 2 * at_once[self.engine]
+        }[self.engine]
 
     @property
     def may_scale_to_zero(self) -> bool:
@@ -221,34 +224,6 @@ def parse_args(args: object) -> BlazeConfig:
         return BlazeConfig.model_validate_json(json.dumps(args, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError(describe(error)) from None
-
-
-def describe(error: ValidationError) -> str:
-    """One line per wrong field: path, reason, and the value that was given."""
-    lines = []
-    errors = error.errors(include_url=False)
-    for item in errors:
-        if item["type"] == "too_short" and any(
-            e["loc"][: len(item["loc"])] == item["loc"] != e["loc"] for e in errors
-        ):
-            continue  # "models is empty", because its wrong entries were left out
-        path = field_path(item["loc"]) or "args"
-        reason = item["msg"].removeprefix("Value error, ")
-        given = item.get("input")
-        # Whatever is there may be a key, in the wrong place.
-        secret = any("key" in str(part) for part in item["loc"])
-        shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and not secret else ""
-        lines.append(f"{path}: {reason}{shown}")
-    return "; ".join(lines)
-
-
-def field_path(loc: tuple[int | str, ...]) -> str:
-    """``("models", 1, "llm")`` -> ``models[1].llm``."""
-    path = ""
-    for part in loc:
-        is_index = isinstance(part, int) or part.isdigit()  # keys of a mapping arrive as text
-        path += f"[{part}]" if is_index else f".{part}" if path else str(part)
-    return path
 
 
 def load_serve_config(path: Path) -> dict[str, Any]:

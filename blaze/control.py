@@ -5,6 +5,7 @@ A change goes to the health actor, which numbers it; every Router takes over wha
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -94,6 +95,24 @@ class Control:
         if change.action == "open":
             forced[change.replica_id] = None
         return replace(self, version=version, breakers=breakers, forced_open=tuple(forced))
+
+    @property
+    def replica_ids(self) -> frozenset[ReplicaId]:
+        """All that anything is said of."""
+        weighed = (replica_id for replica_id, _ in self.weights)
+        acted_on = (action.replica_id for _, action in self.breakers)
+        return frozenset((*weighed, *self.draining, *self.forced_open, *acted_on))
+
+    def without(self, gone: Collection[ReplicaId]) -> Control:
+        """Nothing is said of these replicas any more."""
+        return replace(
+            self,
+            version=self.version + 1,
+            weights=tuple(entry for entry in self.weights if entry[0] not in gone),
+            draining=tuple(replica_id for replica_id in self.draining if replica_id not in gone),
+            forced_open=tuple(replica_id for replica_id in self.forced_open if replica_id not in gone),
+            breakers=tuple(entry for entry in self.breakers if entry[1].replica_id not in gone),
+        )
 
 
 def _check_id(replica_id: ReplicaId) -> None:

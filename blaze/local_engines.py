@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from blaze.clock import Clock
-from blaze.config import ModelConfig, cache_dir, describe
+from blaze.config import ModelConfig, cache_dir
+from blaze.config_errors import describe
 from blaze.engines.base import Engine
 from blaze.engines.openmp import share_cores
 from blaze.engines.simulator import SimulatorEngine

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from blaze.api.report import metrics_text, status_object
 from blaze.api.service import ModelCard, Readiness
 from blaze.clock import Clock, SystemClock
-from blaze.config import describe
+from blaze.config_errors import describe
 from blaze.engines.base import Engine
 from blaze.engines.operations import answer_all, translate
 from blaze.errors import ConfigError, EnvironmentProblem, ModelNotFound, NotFound, RemoteError
@@ -85,7 +85,7 @@ class EngineManager:
         ``max_in_flight``. Raises :class:`ConfigError`; when one engine does not start, none is left.
         """
         config = model_config(name, engine, source, replicas, options)
-        model = self._add(config.name, config.engine, config.in_flight_cap)
+        model = self._add(config.name, config.engine, config.in_flight_cap, config.at_once)
         try:
             for _ in range(replicas):
                 await model.place(engine_maker(config, self._clock), weight=config.weight).start()
@@ -108,7 +108,8 @@ class EngineManager:
         recovered. Raises :class:`ConfigError`.
         """
         model_config(name, EngineKind.SIMULATOR, None, 1, {"weight": weight})  # the rules of any model
-        model = self._models.get(name) or self._add(name, engine.kind, DispatchSettings().max_in_flight)
+        usual = DispatchSettings()
+        model = self._models.get(name) or self._add(name, engine.kind, usual.max_in_flight, usual.at_once)
         if model.kind is not engine.kind:
             raise ConfigError(f"name: {name} has engines of another kind, {model.kind.value}", param="name")
         make: EngineMaker | None = None if rebuild is None else lambda _rank: rebuild()
@@ -139,7 +140,7 @@ class EngineManager:
             await asyncio.wait([self._monitoring])
         await asyncio.gather(*(self._remove(model) for model in tuple(self._models.values())))
 
-    def _add(self, name: str, kind: EngineKind, max_in_flight: int) -> LocalModel:
+    def _add(self, name: str, kind: EngineKind, max_in_flight: int, at_once: int) -> LocalModel:
         if self._closed:
             raise EnvironmentProblem("The manager has been shut down.")
         if name in self._models:
@@ -155,7 +156,15 @@ class EngineManager:
             check_timeout_s=self._config.health_check_timeout_s,
             drain_timeout_s=self._config.drain_timeout_s,
         )
-        dispatcher = _dispatcher(name, pool, self._config, max_in_flight, self._clock, self._rng)
+        settings = DispatchSettings(
+            request_timeout_s=self._config.request_timeout_s,
+            # A batch alone never fills the queue.
+            max_queued=max(DispatchSettings().max_queued, self._config.max_concurrent_requests),
+            max_in_flight=max_in_flight,
+            at_once=at_once,
+        )
+        strategy = make_strategy(self._config.strategy, rng=self._rng)
+        dispatcher = Dispatcher(name, pool, strategy, clock=self._clock, rng=self._rng, settings=settings)
         model = self._models[name] = LocalModel(name, kind, dispatcher, around)
         return model
 
@@ -258,21 +267,3 @@ class EngineManager:
                 ),
             ),
         )
-
-
-def _dispatcher(
-    name: str, pool: LocalPool, config: ManagerConfig, max_in_flight: int, clock: Clock, rng: random.Random
-) -> Dispatcher:
-    return Dispatcher(
-        name,
-        pool,
-        make_strategy(config.strategy, rng=rng),
-        clock=clock,
-        rng=rng,
-        settings=DispatchSettings(
-            request_timeout_s=config.request_timeout_s,
-            # A batch alone never fills the queue.
-            max_queued=max(DispatchSettings().max_queued, config.max_concurrent_requests),
-            max_in_flight=max_in_flight,
-        ),
-    )

@@ -88,6 +88,7 @@ class BreakerEvent:
     before: str
     after: str
     reason: str
+    age_s: float  # ago, at the time of the report: clocks are each process's own
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ class ClusterService:
                 request_timeout_s=router.request_timeout_s,
                 max_queued=router.max_queued,
                 max_in_flight=model.in_flight_cap,
+                # Serve scales by what is in flight on replicas: what waits here it would not see.
+                at_once=model.at_once if model.autoscaling is None else model.in_flight_cap,
                 slow_start_s=router.slow_start_s,
                 sticky_sessions=router.sticky_sessions,
                 sticky_session_timeout_s=router.sticky_session_timeout_s,

@@ -88,10 +88,24 @@ class BreakerBench:
 class TableBench:
     """A table without slow start, unless a test is about that, over breakers without jitter."""
 
-    def __init__(self, *ids: ReplicaId, cap: int = 10, slow_start_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        *ids: ReplicaId,
+        cap: int = 10,
+        at_once: int | None = None,
+        routers: int = 1,
+        slow_start_s: float = 0.0,
+    ) -> None:
         self.clock = FakeClock()
         board = BreakerBoard(BreakerSettings(), self.clock, Jitter(0.0), self._on_transition)
-        self.table = ReplicaTable(cap=cap, clock=self.clock, breakers=board, slow_start_s=slow_start_s)
+        self.table = ReplicaTable(
+            cap=cap,
+            at_once=at_once,
+            routers=routers,
+            clock=self.clock,
+            breakers=board,
+            slow_start_s=slow_start_s,
+        )
         self.sync(*ids)
 
     def _on_transition(self, change: Transition) -> None:
@@ -103,6 +117,9 @@ class TableBench:
 
     def eligible(self, *excluded: ReplicaId) -> list[ReplicaId]:
         return [self.table.columns.ids[place] for place in self.table.eligible(excluded)]
+
+    def idle(self) -> list[ReplicaId]:
+        return [self.table.columns.ids[place] for place in self.table.eligible(idle=True)]
 
     def available(self, *excluded: ReplicaId) -> list[ReplicaId]:
         return [self.table.columns.ids[place] for place in self.table.available(excluded)]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from blaze.api.messages import Message, Tool
 from blaze.checks import SEED_BOUND
-from blaze.config import field_path
+from blaze.config_errors import field_path
 from blaze.errors import InvalidRequest
 from blaze.sampling_params import MAX_LOGPROBS
 from blaze.types import MAX_PRIORITY

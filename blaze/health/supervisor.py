@@ -19,6 +19,8 @@ from blaze.reports import (
 )
 from blaze.types import ReplicaId
 
+SETTINGS_KEPT_S = 600.0  # of a replica that nobody sees: it may only be cut off, and come back
+
 
 @dataclass(frozen=True, slots=True)
 class HealthSettings:
@@ -67,6 +69,7 @@ class Supervisor:
         self._heartbeats: dict[ReplicaId, tuple[float, Heartbeat]] = {}
         self._reports: dict[str, tuple[float, RouterReport]] = {}
         self._control = Control()
+        self._unseen_since: dict[ReplicaId, float] = {}  # replicas that operators have settings for
 
     def heartbeat(self, heartbeat: Heartbeat) -> None:
         self._heartbeats[heartbeat.replica_id] = (self._clock.now(), heartbeat)
@@ -149,6 +152,21 @@ class Supervisor:
             del self._heartbeats[replica_id]
         for router_id in [key for key, (at, _) in self._reports.items() if now - at > limit]:
             del self._reports[router_id]
+        self._forget_settings(now)
+
+    def _forget_settings(self, now: float) -> None:
+        """Of replicas that have neither sent a heartbeat nor been in a Router's live set for long. The time
+        begins when that is first noticed: this actor may have been away, too."""
+        seen = self._heartbeats.keys() | {
+            replica.replica_id for _, report in self._reports.values() for replica in report.replicas
+        }
+        self._unseen_since = {
+            replica_id: self._unseen_since.get(replica_id, now)
+            for replica_id in self._control.replica_ids - seen
+        }
+        gone = [id for id, since in self._unseen_since.items() if now - since > SETTINGS_KEPT_S]
+        if gone:
+            self._control = self._control.without(gone)
 
 
 _HOW_OPEN = ("closed", "half_open", "open")  # each Router has breakers of its own: the worst one is shown

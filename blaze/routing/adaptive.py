@@ -31,6 +31,7 @@ class Adaptive:
 
     name = "adaptive"
     wants_credit = True
+    binds_late = True
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from itertools import islice
 from typing import TypeAlias
-from weakref import WeakValueDictionary
 
 from blaze.checks import check
 from blaze.clock import Clock
@@ -121,17 +120,9 @@ def check_session_id(text: str) -> str:
     return text
 
 
-@dataclass(slots=True, weakref_slot=True, eq=False)
-class _Host:
-    """A replica until it is forgotten, shared by its sessions: one mark ends all of them."""
-
-    replica_id: ReplicaId
-    forgotten: bool = False
-
-
 @dataclass(slots=True)
 class _Session:
-    host: _Host
+    replica_id: ReplicaId
     used_at: float
 
 
@@ -139,8 +130,8 @@ class SessionTable:
     """The replica that each session is kept on. Lives on one event loop; no operation takes longer for more
     sessions.
 
-    A session ends when it was not used for ``timeout_s``, when its replica is forgotten, or as the least
-    recently used of more than ``capacity``. Its place may be taken until somebody asks for it.
+    A session ends when it was not used for ``timeout_s``, or as the least recently used of more than
+    ``capacity``. Its place may be taken until somebody asks for it.
     """
 
     def __init__(self, clock: Clock, *, timeout_s: float = 300.0, capacity: int = 65_536) -> None:
@@ -148,8 +139,6 @@ class SessionTable:
         self._timeout_s = timeout_s
         self._capacity = capacity
         self._sessions: OrderedDict[str, _Session] = OrderedDict()  # the least recently used first
-        # A host goes with its last session: replicas that come and go leave nothing behind.
-        self._hosts: WeakValueDictionary[ReplicaId, _Host] = WeakValueDictionary()
 
     def __len__(self) -> int:
         """Places taken, also by sessions that have ended but were not asked for since."""
@@ -166,28 +155,16 @@ class SessionTable:
             return None
         session.used_at = now
         self._sessions.move_to_end(session_id)
-        return session.host.replica_id
+        return session.replica_id
 
     def keep(self, session_id: str, replica_id: ReplicaId) -> None:
         """From now on the session is on this replica, wherever it was."""
         now = self._clock.now()
         self._drop_ended(now)
-        self._sessions[session_id] = _Session(self._host(replica_id), now)
+        self._sessions[session_id] = _Session(replica_id, now)
         self._sessions.move_to_end(session_id)
         if len(self._sessions) > self._capacity:
             self._sessions.popitem(last=False)
-
-    def forget_replica(self, replica_id: ReplicaId) -> None:
-        """Its sessions end; one that is kept on it later is a new one."""
-        host = self._hosts.pop(replica_id, None)
-        if host is not None:
-            host.forgotten = True
-
-    def _host(self, replica_id: ReplicaId) -> _Host:
-        host = self._hosts.get(replica_id)
-        if host is None:
-            host = self._hosts[replica_id] = _Host(replica_id)
-        return host
 
     def _drop_ended(self, now: float) -> None:
         for _ in range(2):  # more than come, so that the table shrinks; few, so that nobody waits for it
@@ -197,4 +174,4 @@ class SessionTable:
             self._sessions.popitem(last=False)
 
     def _has_ended(self, session: _Session, now: float) -> bool:
-        return session.host.forgotten or now - session.used_at >= self._timeout_s
+        return now - session.used_at >= self._timeout_s

@@ -53,6 +53,7 @@ class Breaker:
     generation: int = 0  # a new one with each change of state: outcomes from before do not count
     trips: int = 0  # in a row
     open_until: float = 0.0
+    needed_until: float = 0.0  # until then it is open even if nobody else has room
     healthy_since: float = 0.0  # when it closed, or a trip was last forgiven
     forced: bool = False  # opened by hand: it stays open until it is closed by hand
     suspended: str | None = None  # the reason of a trip that is not carried out, for too many are out
@@ -109,6 +110,14 @@ class BreakerBoard:
 
     def wants_probe(self, replica_id: ReplicaId) -> bool:
         return self.admits(replica_id) and self._breakers[replica_id].state is BreakerState.HALF_OPEN
+
+    def needed(self) -> None:
+        """Requests wait for which nobody else has room: try those that are open, each after the time of a
+        first trip."""
+        now = self.clock.now()
+        for replica_id, breaker in self._breakers.items():
+            if breaker.state is BreakerState.OPEN and not breaker.forced and now >= breaker.needed_until:
+                self._half_open(replica_id, breaker, "requests wait, and nobody else has room")
 
     def open_ends(self) -> list[float]:
         """When the open ones will let a request through."""
@@ -199,6 +208,7 @@ class BreakerBoard:
             return
         if breaker.state is BreakerState.OPEN:  # sent in spite of it, and rightly refused: not for less time
             breaker.open_until = max(breaker.open_until, now + self._open_time(breaker))
+            self._not_before(breaker, now)
             return
         breaker.probe_successes = 0
         self._forgive(breaker, now)
@@ -233,7 +243,9 @@ class BreakerBoard:
     def _trip(self, replica_id: ReplicaId, breaker: Breaker, reason: str) -> None:
         breaker.trips += 1
         breaker.forced = False
-        breaker.open_until = self.clock.now() + self._open_time(breaker)
+        now = self.clock.now()
+        breaker.open_until = now + self._open_time(breaker)
+        self._not_before(breaker, now)
         self._change(replica_id, breaker, BreakerState.OPEN, reason)
 
     def _half_open(self, replica_id: ReplicaId, breaker: Breaker, reason: str) -> None:
@@ -254,6 +266,10 @@ class BreakerBoard:
         breaker.policy.clear()
         if before is not after:
             self.on_transition(Transition(replica_id, before, after, reason))
+
+    def _not_before(self, breaker: Breaker, now: float) -> None:
+        """Even if it is needed."""
+        breaker.needed_until = min(breaker.open_until, now + open_for_s(1, self.settings, self.rng))
 
     def _open_time(self, breaker: Breaker) -> float:
         return open_for_s(max(1, breaker.trips), self.settings, self.rng)

@@ -13,7 +13,6 @@ import math
 import random
 from collections import deque
 
-from blaze.checks import SEED_BOUND
 from blaze.clock import Clock
 from blaze.errors import Overloaded
 from blaze.prompt_chain import PromptChain, prompt_chain
@@ -32,7 +31,7 @@ from blaze.routing.rendezvous import IPHash
 from blaze.routing.replica import Lease
 from blaze.routing.replicas import ReplicaTable
 from blaze.routing.retries import RetryBudget, pause_s
-from blaze.routing.route import Route, affinity_key
+from blaze.routing.route import Route, affinity_key, with_seed
 from blaze.routing.routed_stream import RoutedStream, RoutingState
 from blaze.routing.settings import DispatchSettings
 from blaze.routing.strategy import Ask, Pick, Strategy
@@ -63,10 +62,12 @@ class Dispatcher:
         self._clock = clock
         self._rng = rng
         self._settings = settings
-        self._events: deque[BreakerEvent] = deque(maxlen=_EVENTS)
+        self._events: deque[tuple[float, Transition]] = deque(maxlen=_EVENTS)  # and when they were
         self._transitions = dict.fromkeys(BreakerState, 0)
         self.table = ReplicaTable(
             cap=settings.max_in_flight,
+            at_once=settings.at_once,
+            routers=settings.routers,
             clock=clock,
             breakers=BreakerBoard(settings.breaker, clock, rng, self._on_transition),
             slow_start_s=settings.slow_start_s,
@@ -103,7 +104,7 @@ class Dispatcher:
         """
         timeout_s = self._settings.request_timeout_s if request.timeout_s is None else request.timeout_s
         deadline = self._clock.now() + timeout_s
-        request = self._with_seed(request)
+        request = with_seed(request, self._rng)
         route = Route(request, self._costs.of(request), affinity_key(request), self._chain(request), deadline)
         retries = lost = 0
         reserved = False
@@ -148,15 +149,20 @@ class Dispatcher:
         return stream
 
     def counters(self) -> tuple[ModelCounters, tuple[ReplicaCounters, ...]]:
+        now = self._clock.now()
         counters = self._account.counters(strategy=self.strategy.name, waiting=len(self._room))
         counters = dataclasses.replace(
             counters,
             retries=self._retries.total,
             panic=self.table.panic,
             transitions=tuple((state.value, count) for state, count in self._transitions.items()),
-            events=tuple(self._events),
+            events=tuple(self._event(change, now - at) for at, change in self._events),
         )
         return counters, self.table.counters(self.model)
+
+    def _event(self, change: Transition, age_s: float) -> BreakerEvent:
+        before, after = change.before.value, change.after.value
+        return BreakerEvent(self.model, change.replica_id, before, after, change.reason, age_s)
 
     @property
     def available_replicas(self) -> int:
@@ -171,17 +177,6 @@ class Dispatcher:
     def _active(self) -> int:
         return self.table.in_flight + len(self._room)
 
-    def _with_seed(self, request: Request) -> Request:
-        # Drawn once, before the first attempt: a second attempt repeats the draws of the first.
-        if isinstance(request, GenerateRequest):
-            if request.sampling.seed is not None or request.sampling.temperature == 0:
-                return request
-            sampling = dataclasses.replace(request.sampling, seed=self._rng.randrange(SEED_BOUND))
-            return dataclasses.replace(request, sampling=sampling)
-        if request.seed is not None:
-            return request
-        return dataclasses.replace(request, seed=self._rng.randrange(SEED_BOUND))
-
     # --- Whose turn it is, and where ------------------------------------------------------------------
 
     async def _acquire(self, route: Route) -> Lease:
@@ -189,10 +184,13 @@ class Dispatcher:
             now = self._clock.now()
             if self._settings.routers > 1:
                 self.table.columns.peers_age_s = now - self.table.peers_known_at
-            eligible = self.table.eligible(route.tried)
+            idle = self.strategy.binds_late
+            eligible = self.table.eligible(route.tried, idle=idle)
             if not len(eligible) and not len(self.table.available(route.tried)):
-                eligible = self.table.eligible()  # nowhere else to go: where it has just failed
+                eligible = self.table.eligible(idle=idle)  # nowhere else to go: where it has just failed
             if not len(eligible):
+                if self.table.all_weights_are_zero:
+                    raise Overloaded("All replicas of the model have weight 0.", retry_after_s=1)
                 return None
             credit = self.prefixes.of(route.chain, self.table.columns, now) if route.chain else None
             pick = self._pick(route.request, eligible, Ask(now, route.cost, route.key, credit))
@@ -202,8 +200,6 @@ class Dispatcher:
             lease = attempt()
             if lease is not None:
                 return lease
-        if self.table.all_weights_are_zero:
-            raise Overloaded("All replicas of the model have weight 0.", retry_after_s=1)
         self._recheck_soon()
         request = route.request
         return await self._room.wait(
@@ -211,6 +207,7 @@ class Dispatcher:
             max(0.0, route.deadline - self._clock.now()),
             selective=bool(route.tried),
             priority=request.priority if isinstance(request, GenerateRequest) else 0,
+            size=route.cost / self._costs.typical,
             retry_after_s=self._retry_after_s,
         )
 
@@ -269,6 +266,8 @@ class Dispatcher:
         self._rechecking = None
         self._room.pump()
         if self._room:
+            self.table.needed()
+        if self._room:
             self._recheck_soon()
 
     def _start(self, request: Request, lease: Lease, deadline: float) -> RoutedStream:
@@ -287,10 +286,6 @@ class Dispatcher:
             "%s: breaker of %s: %s: %s", self.model, change.replica_id, change.after, change.reason
         )
         self._transitions[change.after] += 1
-        self._events.append(
-            BreakerEvent(
-                self.model, change.replica_id, change.before.value, change.after.value, change.reason
-            )
-        )
+        self._events.append((self._clock.now(), change))
         if change.after is BreakerState.CLOSED:
             self.table.closed(change.replica_id)

@@ -25,6 +25,7 @@ class LeastConnections:
 
     name = "least_connections"
     wants_credit = False
+    binds_late = False
 
     def __init__(self, rng: random.Random, *, routers: int = 1) -> None:
         self._rng = rng
@@ -48,6 +49,7 @@ class LeastResponseTime:
 
     name = "least_response_time"
     wants_credit = False
+    binds_late = False
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng

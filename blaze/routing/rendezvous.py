@@ -27,6 +27,7 @@ class IPHash:
 
     name = "ip_hash"
     wants_credit = False
+    binds_late = False
 
     def __init__(self, rng: random.Random, *, routers: int = 1) -> None:
         self._without_key = LeastConnections(rng, routers=routers)

@@ -59,6 +59,11 @@ class Replica:
         self.waiting: dict[Lease, float] = {}  # requests without content yet, the oldest first
         self.speed = Speed()
 
+    @property
+    def waiting_since(self) -> float:
+        """When the request was sent that waits for content for the longest; inf: none does."""
+        return next(iter(self.waiting.values()), math.inf)
+
 
 class Ledger(Protocol):
     """Where leases are accounted for."""

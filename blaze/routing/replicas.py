@@ -8,11 +8,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import numpy as np
 
 from blaze.clock import Clock
-from blaze.control import SetWeight
-from blaze.errors import NotFound
 from blaze.reports import PeerLoad, ReplicaCounters
 from blaze.routing.breaker import BreakerBoard, Permit
 from blaze.routing.columns import Columns, Places
+from blaze.routing.eligibility import Eligibility
 from blaze.routing.least import peak_ewma
 from blaze.routing.outcome import Outcome
 from blaze.routing.replica import Lease, Replica, ReplicaInfo, counters_of
@@ -28,13 +27,21 @@ _FAILURE_S = 5.0  # a failure counts as slow, so that fast errors attract nothin
 class ReplicaTable:
     """The replicas of one model, sorted by id, kept in step with the pool's live set."""
 
-    def __init__(self, *, cap: int, clock: Clock, breakers: BreakerBoard, slow_start_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        *,
+        cap: int,
+        clock: Clock,
+        breakers: BreakerBoard,
+        at_once: int | None = None,
+        routers: int = 1,
+        slow_start_s: float = 30.0,
+    ) -> None:
         self.columns = Columns()
         self.breakers = breakers
         self.on_capacity: list[Callable[[], None]] = []
         self.panic = False
         self.probes: list[ReplicaId] = []  # half open, and nobody is trying them
-        self._cap = cap
         self._clock = clock
         self._slow_start_s = slow_start_s
         self._by_id: dict[ReplicaId, Replica] = {}
@@ -42,9 +49,7 @@ class ReplicaTable:
         self._drained: frozenset[ReplicaId] = frozenset()  # by hand, too
         self._forced_open: frozenset[ReplicaId] = frozenset()
         self.peers_known_at = -math.inf
-        self._usable = np.empty(0, bool)  # alive, ready, not draining, admitted, weight above 0
-        self._full = np.empty(0, bool)
-        self._eligible: Places | None = None  # to be looked up
+        self._eligibility = Eligibility(cap=cap, at_once=at_once or cap, routers=routers)
         self._look_again_at = -math.inf
 
     def __len__(self) -> int:
@@ -71,7 +76,9 @@ class ReplicaTable:
         for replica_id, info in infos.items():
             weight = self._weights.get(replica_id, info.weight)
             self.columns.weight[self.columns.place[replica_id]] = weight
-        self._full = np.array([self._by_id[id].in_flight >= self._cap for id in self.columns.ids], bool)
+        self._eligibility.resize(len(infos))
+        for replica_id in infos:
+            self._write(self._by_id[replica_id])
         self.changed()
 
     def changed(self) -> None:
@@ -87,15 +94,6 @@ class ReplicaTable:
             replica.lost_calls += 1
             replica.suspended_until = now + pause
             self._look_again_at = -math.inf
-
-    def set_weight(self, replica_id: ReplicaId, weight: float) -> None:
-        """The operator's, from now on. Raises :class:`NotFound` and :class:`InvalidRequest`."""
-        change = SetWeight(self.known(replica_id), weight)
-        self.follow(self._weights | {replica_id: change.weight}, self._drained, self._forced_open)
-
-    def set_draining(self, replica_id: ReplicaId, draining: bool) -> None:
-        others = self._drained - {self.known(replica_id)}
-        self.follow(self._weights, others | {replica_id} if draining else others, self._forced_open)
 
     def follow(
         self,
@@ -117,9 +115,12 @@ class ReplicaTable:
         doubtful = set(suspects) & self._by_id.keys()
         if len(doubtful) == len(self._by_id):
             doubtful = set()
-        if doubtful != {replica.id for replica in self._by_id.values() if replica.suspect}:
+        before = {replica.id for replica in self._by_id.values() if replica.suspect}
+        if doubtful != before:
             for replica in self._by_id.values():
                 replica.suspect = replica.id in doubtful
+            for replica_id in before - doubtful:
+                self.breakers.health_passed(replica_id)
             self.changed()
 
     def set_peers(self, loads: Mapping[ReplicaId, PeerLoad] | None) -> None:
@@ -129,12 +130,7 @@ class ReplicaTable:
         for replica in self._by_id.values():
             replica.peers = (loads or {}).get(replica.id, PeerLoad())
             self._write(replica)
-
-    def known(self, replica_id: ReplicaId) -> ReplicaId:
-        """Raises :class:`NotFound` for anything else."""
-        if replica_id not in self.columns.place:
-            raise NotFound(f"There is no replica {replica_id[:80]!r}.", param="id")
-        return replica_id
+        self._notify()
 
     def _place_of(self, replica: Replica) -> int | None:
         """None of one that is gone, also when another has its id now."""
@@ -142,17 +138,23 @@ class ReplicaTable:
 
     # --- Who may be picked ---------------------------------------------------------------------------
 
-    def eligible(self, excluded: Collection[ReplicaId] = ()) -> Places:
-        """Replicas that may take one more request: their places, ascending."""
+    def eligible(self, excluded: Collection[ReplicaId] = (), *, idle: bool = False) -> Places:
+        """Replicas that may take one more request: their places, ascending. ``idle``: and begin with it."""
         self._look()
-        if self._eligible is None:
-            self._eligible = np.flatnonzero(self._usable & ~self._full)
-        return self._without(self._eligible, excluded)
+        places = self._eligibility.idle() if idle else self._eligibility.with_room()
+        return self._without(places, excluded)
 
     def available(self, excluded: Collection[ReplicaId] = ()) -> Places:
         """Replicas that could take a request, full or not."""
         self._look()
-        return self._without(np.flatnonzero(self._usable), excluded)
+        return self._without(self._eligibility.usable(), excluded)
+
+    def needed(self) -> None:
+        """Requests wait for which nobody has room: breakers that are open may be tried early."""
+        before = self.breakers.version
+        self.breakers.needed()
+        if self.breakers.version != before:
+            self.changed()
 
     def back_in_s(self, default_s: float) -> float:
         """When a replica that is out now may be back, by time alone."""
@@ -185,18 +187,13 @@ class ReplicaTable:
                 self.columns.ramp[place] = min(1.0, _LEAST_RAMP + (1 - _LEAST_RAMP) * grown)
                 if grown < 1:
                     again = min(again, now + _RAMP_STEP_S)
-        weighed = self.columns.weight > 0
-        ready = [
-            r
-            for r, has_weight in zip(replicas, weighed, strict=True)
-            if has_weight and not (r.draining or r.suspect)
-        ]
+        weighed = zip(replicas, self.columns.weight > 0, strict=True)
+        ready = [r for r, has_weight in weighed if has_weight and not (r.draining or r.suspect)]
         self.panic = 2 * self.breakers.refusing([r.id for r in ready]) > len(ready)
         here = [r.id for r in ready if r.suspended_until <= now]
         admitted = {id for id in here if self.panic or self.breakers.admits(id)}
         self.probes = [id for id in here if self.breakers.wants_probe(id)]
-        self._usable = np.array([id in admitted for id in self.columns.ids], bool)
-        self._eligible = None
+        self._eligibility.admit(np.array([id in admitted for id in self.columns.ids], bool))
         self._look_again_at = again
 
     # --- Requests ------------------------------------------------------------------------------------
@@ -217,15 +214,19 @@ class ReplicaTable:
         return lease
 
     def recost(self, lease: Lease, cost: float) -> None:
-        lease.replica.cost += cost - lease.cost
+        replica, place = lease.replica, self._place_of(lease.replica)
+        replica.cost += cost - lease.cost
         lease.cost = cost
-        self._write(lease.replica)
+        if place is not None:
+            self.columns.cost[place] = replica.cost + replica.peers.cost
 
     def first_content(self, lease: Lease, response_s: float | None) -> None:
         lease.replica.waiting.pop(lease, None)
         if response_s is not None:
             self._observe(lease.replica, response_s)
-        self._write(lease.replica)
+        place = self._place_of(lease.replica)
+        if place is not None:
+            self.columns.waiting_since[place] = lease.replica.waiting_since
 
     def released(self, lease: Lease, permit: Permit, outcome: Outcome, response_s: float | None) -> None:
         replica, now = lease.replica, self._clock.now()
@@ -279,11 +280,8 @@ class ReplicaTable:
         columns.in_flight_here[place] = replica.in_flight
         columns.in_flight[place] = replica.in_flight + replica.peers.in_flight
         columns.cost[place] = replica.cost + replica.peers.cost
-        columns.waiting_since[place] = next(iter(replica.waiting.values()), math.inf)
-        full = replica.in_flight >= self._cap
-        if full != self._full[place]:
-            self._full[place] = full
-            self._eligible = None
+        columns.waiting_since[place] = replica.waiting_since
+        self._eligibility.note(place, here=replica.in_flight, peers=replica.peers.in_flight)
 
     def _notify(self) -> None:
         for listener in self.on_capacity:

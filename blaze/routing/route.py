@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from dataclasses import dataclass, field
 
+from blaze.checks import SEED_BOUND
 from blaze.prompt_chain import PromptChain
 from blaze.routing.columns import stable_hash
-from blaze.types import ReplicaId, Request
+from blaze.types import GenerateRequest, ReplicaId, Request
 
 
 @dataclass(slots=True)
@@ -28,3 +31,15 @@ def affinity_key(request: Request) -> int | None:
         if name:
             return stable_hash(f"{kind}:{name}")
     return None
+
+
+def with_seed(request: Request, rng: random.Random) -> Request:
+    """Drawn once, before the first attempt: a second attempt repeats the draws of the first."""
+    if isinstance(request, GenerateRequest):
+        if request.sampling.seed is not None or request.sampling.temperature == 0:
+            return request
+        sampling = dataclasses.replace(request.sampling, seed=rng.randrange(SEED_BOUND))
+        return dataclasses.replace(request, sampling=sampling)
+    if request.seed is not None:
+        return request
+    return dataclasses.replace(request, seed=rng.randrange(SEED_BOUND))

@@ -43,6 +43,11 @@ class Strategy(Protocol):
         """Whether it looks at what prefixes would spare: finding that out takes a while."""
         ...
 
+    @property
+    def binds_late(self) -> bool:
+        """Whether requests rather wait here, where they can still go anywhere, than on a busy replica."""
+        ...
+
     def choose(self, columns: Columns, eligible: Places, ask: Ask) -> Pick | None:
         """One of ``eligible``: ascending places, all with a weight above 0. None where there are none."""
         ...

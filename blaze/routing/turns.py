@@ -21,6 +21,7 @@ class RoundRobin:
 
     name = "round_robin"
     wants_credit = False
+    binds_late = False
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -46,6 +47,7 @@ class WeightedRoundRobin:
 
     name = "weighted_round_robin"
     wants_credit = False
+    binds_late = False
 
     def __init__(self) -> None:
         self._credit = Carried()

@@ -111,7 +111,6 @@ REPLICA = st.sampled_from("abc")
 ACTION = st.one_of(
     st.tuples(st.just("ask"), SESSION),
     st.tuples(st.just("keep"), SESSION, REPLICA),
-    st.tuples(st.just("forget"), REPLICA),
     st.tuples(st.just("wait"), st.sampled_from([0.5, 4.0, 9.5, 10.0])),
 )
 
@@ -122,11 +121,11 @@ class PlainTable:
     def __init__(self, clock: FakeClock, capacity: int) -> None:
         self._clock = clock
         self._capacity = capacity
-        self._sessions: dict[str, tuple[str | None, float]] = {}  # replica (None: forgotten), last used at
+        self._sessions: dict[str, tuple[str, float]] = {}  # replica, last used at
 
     def ask(self, session: str) -> str | None:
-        replica, used_at = self._sessions.pop(session, (None, 0.0))
-        if replica is None or self._clock.now() - used_at >= TIMEOUT_S:
+        replica, used_at = self._sessions.pop(session, ("", -TIMEOUT_S))
+        if self._clock.now() - used_at >= TIMEOUT_S:
             return None
         self._sessions[session] = (replica, self._clock.now())
         return replica
@@ -137,16 +136,11 @@ class PlainTable:
         if len(self._sessions) > self._capacity:
             del self._sessions[next(iter(self._sessions))]
 
-    def forget(self, replica: str) -> None:
-        for session, (kept_on, used_at) in self._sessions.items():
-            if kept_on == replica:
-                self._sessions[session] = (None, used_at)
-
     @property
     def live(self) -> int:
         now = self._clock.now()
         kept = self._sessions.values()
-        return sum(replica is not None and now - used_at < TIMEOUT_S for replica, used_at in kept)
+        return sum(now - used_at < TIMEOUT_S for _, used_at in kept)
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -164,9 +158,6 @@ def test_the_table_does_what_a_plain_one_does(capacity: int, actions: list[tuple
             case ("keep", session, replica):
                 table.keep(session, replica)
                 plain.keep(session, replica)
-            case ("forget", replica):
-                table.forget_replica(replica)
-                plain.forget(replica)
             case (_, seconds):
                 clock.advance(seconds)
         assert plain.live <= len(table) <= len(plain) <= capacity

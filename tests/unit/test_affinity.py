@@ -258,26 +258,6 @@ def test_keeping_a_session_again_drops_nobody() -> None:
     assert [table.replica_of(session) for session in "st"] == ["a", "a"]
 
 
-def test_the_sessions_of_a_forgotten_replica_end() -> None:
-    table = SessionTable(FakeClock())
-    for session, replica in [("s", "a"), ("t", "b"), ("u", "a")]:
-        table.keep(session, replica)
-    table.forget_replica("a")
-    table.forget_replica("never there")
-    assert [table.replica_of(session) for session in "stu"] == [None, "b", None]
-    assert len(table) == 1
-
-
-def test_a_replica_that_comes_back_gets_none_of_its_old_sessions() -> None:
-    table = SessionTable(FakeClock())
-    table.keep("s", "a")
-    table.forget_replica("a")
-    table.keep("t", "a")
-    assert [table.replica_of(session) for session in "st"] == [None, "a"]
-    table.keep("s", "a")
-    assert table.replica_of("s") == "a"
-
-
 def test_sessions_that_have_ended_leave_as_new_ones_come() -> None:
     clock = FakeClock()
     table = SessionTable(clock, timeout_s=10)
@@ -287,13 +267,6 @@ def test_sessions_that_have_ended_leave_as_new_ones_come() -> None:
     for number in range(50):
         table.keep(f"new {number}", "b")
     assert len(table) == 50
-
-
-def test_a_replica_goes_with_its_last_session() -> None:
-    table = SessionTable(FakeClock(), capacity=1)
-    for number in range(10):
-        table.keep("s", f"replica {number}")
-    assert list(table._hosts) == ["replica 9"]
 
 
 @pytest.mark.parametrize("text", ["s", "a b", " ", "~" * 256, "5f0c-..:/{}\"'"])

@@ -483,6 +483,38 @@ def test_who_trips_again_after_that_waits_behind_the_others() -> None:
     assert bench.states("a", "b", "c") == ["closed", "closed", "open"]
 
 
+# --- When they are needed ------------------------------------------------------------------------------
+
+
+def test_who_is_needed_is_tried_after_the_time_of_a_first_trip_but_not_earlier() -> None:
+    bench = bench_of(3)
+    for _ in range(4):
+        bench.trip("a")
+        bench.clock.advance(bench.board.next_change() - bench.clock.now())
+        assert bench.states("a") == ["half_open"]
+    bench.send("a", F)
+    bench.board.needed()
+    assert bench.states("a") == ["open"]
+    bench.clock.advance(0.99)
+    bench.board.needed()
+    assert bench.states("a") == ["open"]
+    bench.clock.advance(0.01)
+    assert bench.states("a") == ["open"], "nobody needs it"
+    bench.board.needed()
+    assert bench.states("a") == ["half_open"]
+    bench.send("a", F)
+    bench.clock.advance(1.0)
+    assert bench.states("a") == ["open"], "it has failed once more, and is open for longer"
+
+
+def test_who_was_opened_by_hand_is_not_tried_whoever_needs_it() -> None:
+    bench = bench_of(2)
+    bench.board.act("a", "open")
+    bench.clock.advance(1e6)
+    bench.board.needed()
+    assert bench.states("a") == ["open"]
+
+
 # --- By hand -----------------------------------------------------------------------------------------
 
 

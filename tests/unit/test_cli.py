@@ -1,18 +1,35 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from blaze.api.report import status_object
+from blaze.api.service import ModelCard, Readiness
 from blaze.cli import app, base_url
+from blaze.health.supervisor import ClusterView, ReplicaHealth
 from blaze.records import ClusterRecord, remove_record, write_record
+from blaze.reports import (
+    TTFT_BUCKETS_S,
+    BreakerEvent,
+    ModelCounters,
+    ReplicaCounters,
+    ReplicaState,
+    RouterReport,
+)
+from blaze.types import EngineKind
+from tests.samples import heartbeat
 
 CONFIG = """
 applications:
@@ -120,17 +137,26 @@ def test_the_base_url_is_the_given_one_then_the_newest_cluster_then_port_8000(
 
 
 @contextmanager
-def management(*, status: int = 200) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    """A server that notes what it is asked: path, body, authorization."""
+def management(
+    *, status: int = 200, cluster: dict[str, Any] | None = None
+) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    """A server that notes what it is asked: path, body, authorization. ``cluster``: its answer to GET."""
     asked: list[tuple[str, str, str]] = []
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, "", self.headers.get("authorization", "")))
+            self.reply(json.dumps(cluster).encode())
+
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"])).decode()
             asked.append((self.path, body, self.headers.get("authorization", "")))
             answer = (
                 b'{"done": true}' if status == 200 else b'{"error": {"message": "There is no such thing."}}'
             )
+            self.reply(answer)
+
+        def reply(self, answer: bytes) -> None:
             self.send_response(status)
             self.send_header("content-length", str(len(answer)))
             self.end_headers()
@@ -170,3 +196,112 @@ def test_changes_are_sent_to_the_management_api(
 def test_a_change_that_is_refused_is_one_line() -> None:
     with management(status=404) as (url, _asked):
         assert_one_line(run("drain", "nobody", "--url", url), "There is no such thing.")
+
+
+# --- status ------------------------------------------------------------------------------------------
+
+
+def cluster() -> dict[str, Any]:
+    """As the API gives it. No two numbers of a replica are alike, so that none can stand for another."""
+    draining = ReplicaCounters("sim#a", "sim", 3, 0.5, 120, 7, 415.4, 87.6, draining=True)
+    tripped = ReplicaCounters("sim#b", "sim", 0, 2.0, 64, 5, 0.0, None, breaker="open")
+    chat = ModelCounters(
+        model="sim",
+        strategy="adaptive",
+        waiting=11,
+        outcomes=(("failure", 12), ("success", 172)),
+        prompt_tokens=5000,
+        completion_tokens=900,
+        images=0,
+        ttft_buckets=(0,) * len(TTFT_BUCKETS_S),
+        ttft_sum_s=4.2,
+        events=(BreakerEvent("sim", "sim#b", "closed", "open", "5 failures in a row", 12.5),),
+    )
+    beats = (
+        replace(heartbeat("sim#a", model="sim"), pid=901, memory_bytes=150 << 20),
+        replace(heartbeat("sim#b", model="sim", rank=1), pid=902, memory_bytes=140 << 20),
+        replace(heartbeat("draw#c", model="draw", state="loading"), pid=903, memory_bytes=2100 << 20),
+    )
+    states = (ReplicaState.READY, ReplicaState.READY, ReplicaState.STARTING)
+    view = ClusterView(
+        tuple(ReplicaHealth(beat, state, 0.2) for beat, state in zip(beats, states, strict=True)),
+        (RouterReport("r1", (chat,), (draining, tripped)),),
+    )
+    cards = [ModelCard("sim", EngineKind.SIMULATOR, 0), ModelCard("draw", EngineKind.DIFFUSION, 0)]
+    return status_object(cards, view, Readiness(("draw",)))
+
+
+def tables(printed: str) -> list[list[dict[str, str]]]:
+    """Each printed table as its rows, by heading."""
+    found: list[list[dict[str, str]]] = []
+    headings: list[str] = []
+    for line in printed.splitlines():
+        cells = [cell.strip() for cell in re.split("[┃│]", line)[1:-1]]
+        if line.startswith("┃"):
+            headings = cells
+            found.append([])
+        elif line.startswith("│"):
+            found[-1].append(dict(zip(headings, cells, strict=True)))
+    return found
+
+
+def test_status_shows_each_value_under_its_own_heading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blaze.cli.console", Console(width=200))  # nothing is wrapped
+    with management(cluster=cluster()) as (url, asked):
+        shown = run("status", "--url", url)
+    assert (shown.exit_code, asked) == (0, [("/api/v1/blaze/status", "", "")])
+    models, replicas = tables(shown.stdout)
+    assert models == [
+        {"model": "sim", "engine": "simulator", "strategy": "adaptive", "ready": "2/2", "waiting": "11"},
+        {"model": "draw", "engine": "diffusion", "strategy": "", "ready": "0/1", "waiting": "0"},
+    ]
+    assert replicas == [
+        {
+            "replica": "sim#a",
+            "model": "sim",
+            "pid": "901",
+            "state": "draining",
+            "breaker": "closed",
+            "in flight": "3",
+            "weight": "0.5",
+            "EWMA": "88 ms",
+            "cost": "415",
+            "requests": "120",
+            "failures": "7",
+            "memory": "150 MiB",
+        },
+        {
+            "replica": "sim#b",
+            "model": "sim",
+            "pid": "902",
+            "state": "ready",
+            "breaker": "open",
+            "in flight": "0",
+            "weight": "2",
+            "EWMA": "",
+            "cost": "0",
+            "requests": "64",
+            "failures": "5",
+            "memory": "140 MiB",
+        },
+        {
+            "replica": "draw#c",
+            "model": "draw",
+            "pid": "903",
+            "state": "starting",
+            "breaker": "closed",
+            "in flight": "0",
+            "weight": "",
+            "EWMA": "",
+            "cost": "0",
+            "requests": "0",
+            "failures": "0",
+            "memory": "2100 MiB",
+        },
+    ]
+
+
+def test_status_as_json_is_what_the_api_gives() -> None:
+    with management(cluster=cluster()) as (url, _asked):
+        shown = run("status", "--json", "--url", url)
+    assert json.loads(shown.stdout) == cluster()

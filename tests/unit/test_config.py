@@ -11,11 +11,11 @@ from blaze.config import (
     BlazeConfig,
     blaze_application,
     cache_dir,
-    field_path,
     load_serve_config,
     parse_args,
     state_dir,
 )
+from blaze.config_errors import field_path
 from blaze.errors import ConfigError
 from blaze.routing.strategies import STRATEGY_NAMES
 from blaze.types import EngineKind

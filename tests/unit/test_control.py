@@ -6,7 +6,15 @@ from collections.abc import Callable
 
 import pytest
 
-from blaze.control import NO_CHANGES, ActOnBreaker, SetDraining, SetStrategy, SetWeight
+from blaze.control import (
+    NO_CHANGES,
+    ActOnBreaker,
+    Change,
+    Control,
+    SetDraining,
+    SetStrategy,
+    SetWeight,
+)
 from blaze.errors import InvalidRequest
 from blaze.health.supervisor import HealthSettings, Supervisor
 from blaze.reports import EngineStatus, Heartbeat, PeerLoad, ReplicaCounters, RouterReport
@@ -43,6 +51,36 @@ def test_breaker_actions_are_remembered_only_so_long() -> None:
     for _ in range(100):
         control = control.after(ActOnBreaker("a", "reset"))
     assert [version for version, _ in control.breakers] == list(range(37, 101))
+
+
+def test_of_a_replica_that_is_forgotten_nothing_is_left_and_of_the_others_everything() -> None:
+    control = NO_CHANGES.after(SetStrategy("m", "adaptive"))
+    for replica_id in ("a", "b"):
+        for change in (
+            SetWeight(replica_id, 2.0),
+            SetDraining(replica_id, True),
+            ActOnBreaker(replica_id, "open"),
+        ):
+            control = control.after(change)
+    assert control.replica_ids == {"a", "b"}
+    assert control.without({"a"}) == Control(
+        version=8,
+        strategies=(("m", "adaptive"),),
+        weights=(("b", 2.0),),
+        draining=("b",),
+        forced_open=("b",),
+        breakers=((7, ActOnBreaker("b", "open")),),
+    )
+    assert control.without({"a"}).replica_ids == {"b"}
+    assert control.version == 7  # itself it is as before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [SetWeight("a", 2.0), SetDraining("a", True), ActOnBreaker("a", "open"), ActOnBreaker("a", "reset")],
+)
+def test_every_kind_of_setting_names_its_replica(change: Change) -> None:
+    assert NO_CHANGES.after(change).replica_ids == {"a"}
 
 
 def counters(replica_id: str, in_flight: int, cost: float) -> ReplicaCounters:

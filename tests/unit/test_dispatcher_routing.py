@@ -28,6 +28,7 @@ class Broken:
 
     name = "broken"
     wants_credit = False
+    binds_late = False
 
     def __init__(self, pick: Pick | None = None) -> None:
         self.pick = pick
@@ -196,8 +197,7 @@ async def test_only_so_many_requests_are_repeated_at_a_time() -> None:
 
 async def test_all_weights_zero_is_a_503_at_once() -> None:
     bench = RoutingBench(FakePool(("a", "b")))
-    for replica_id in ("a", "b"):
-        bench.dispatcher.table.set_weight(replica_id, 0)
+    bench.dispatcher.table.follow({"a": 0.0, "b": 0.0}, [])
     with pytest.raises(Overloaded) as caught:
         await bench.dispatcher.open(text_request())
     assert caught.value.http_status == 503
@@ -312,3 +312,49 @@ async def test_retry_after_is_when_the_first_one_may_be_back() -> None:
     with pytest.raises(Overloaded) as caught:
         await bench.dispatcher.open(text_request())
     assert caught.value.retry_after_s == 7.0
+
+
+async def test_adaptive_lets_requests_wait_in_the_router_and_not_on_a_busy_replica() -> None:
+    called = {}
+    for name in ("adaptive", "round_robin"):
+        bench = RoutingBench(FakePool(("a", "b"), held=True), strategy=name, max_in_flight=4, at_once=2)
+        asked = [asyncio.create_task(bench.ask(text_request())) for _ in range(6)]
+        await until(lambda bench=bench: len(bench.called) + bench.waiting == 6)
+        called[name] = len(bench.called)
+        bench.pool.held = False
+        for call in bench.pool.open_calls:
+            call.release()
+        assert [text_of(await task) for task in asked] == ["ok"] * 6
+    assert called == {"adaptive": 4, "round_robin": 6}
+
+
+async def test_weights_that_are_all_set_to_zero_end_the_wait() -> None:
+    bench = RoutingBench(FakePool(("a",), held=True), max_in_flight=1)
+    running = asyncio.create_task(bench.ask(text_request()))
+    await until(lambda: len(bench.called) == 1)
+    waiting = asyncio.create_task(bench.dispatcher.open(text_request()))
+    await until(lambda: bench.waiting == 1)
+    bench.dispatcher.table.follow({"a": 0.0}, [])
+    with pytest.raises(Overloaded):
+        await waiting
+    bench.pool.open_calls[0].release()
+    assert text_of(await running) == "ok"
+
+
+async def test_who_is_out_is_tried_early_when_requests_wait() -> None:
+    bench = RoutingBench(FakePool(("a", "b", "c"), held=True), max_in_flight=1, recheck_s=0.001)
+    table = bench.dispatcher.table
+    for _ in range(6):
+        for _ in range(5):
+            table.lease("a").release(Outcome.FAILURE)
+        bench.clock.advance(table.breakers.next_change() - bench.clock.now())
+    table.lease("a").release(Outcome.FAILURE)
+    asked = [asyncio.create_task(bench.ask(text_request())) for _ in range(3)]
+    await until(lambda: len(bench.called) + bench.waiting == 3)
+    assert sorted(bench.called) == ["b", "c"]
+    bench.clock.advance(1.6)
+    await until(lambda: len(bench.called) == 3)
+    assert bench.called[2] == "a"
+    for call in bench.pool.open_calls:
+        call.release()
+    assert [text_of(await task) for task in asked] == ["ok"] * 3

@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from blaze.errors import InvalidRequest, NotFound
 from blaze.reports import PeerLoad, ReplicaCounters
 from blaze.routing.breaker import BreakerBoard
 from blaze.routing.outcome import Outcome
@@ -216,9 +215,9 @@ def test_capacity_is_announced_whenever_there_may_be_more() -> None:
     assert announced == []
     lease.release(S)
     lease.release(S)
-    bench.table.set_weight("b", 0.0)
-    bench.table.set_draining("a", True)
-    bench.table.set_draining("a", False)
+    bench.table.follow({"b": 0.0}, [])
+    bench.table.follow({"b": 0.0}, ["a"])
+    bench.table.follow({"b": 0.0}, [])
     bench.table.set_suspects(["a"])
     bench.sync("a", "b", "c")
     bench.table.follow({"b": 2.0}, ["c"])
@@ -303,46 +302,29 @@ def test_weight_0_is_never_picked_and_all_weights_0_is_told_apart() -> None:
         return table.eligible().tolist(), table.available().tolist(), table.all_weights_are_zero
 
     assert found() == ([1], [1], False)
-    table.set_weight("b", 0.0)
+    table.follow({"b": 0.0}, [])
     assert found() == ([], [], True)
-    table.set_weight("a", 0.5)
+    table.follow({"b": 0.0, "a": 0.5}, [])
     assert found() == ([0], [0], False)
     assert table.columns.weight.tolist() == [0.5, 0.0]
 
 
 def test_an_operators_weight_stays_whatever_the_pool_says() -> None:
     table = weighed(a=1.0, b=1.0)
-    table.set_weight("a", 3.0)
+    table.follow({"a": 3.0}, [])
     table.sync([ReplicaInfo("a", weight=1.0), ReplicaInfo("b", weight=2.0)])
     assert table.columns.weight.tolist() == [3.0, 2.0]
-
-
-@pytest.mark.parametrize("weight", [-1.0, -1e-9, math.nan, math.inf])
-def test_a_weight_that_is_none_is_refused(weight: float) -> None:
-    table = weighed(a=1.0)
-    with pytest.raises(InvalidRequest) as caught:
-        table.set_weight("a", weight)
-    assert caught.value.param == "weight"
-    assert table.columns.weight.tolist() == [1.0]
-
-
-def test_of_a_replica_that_is_not_there_nothing_can_be_set() -> None:
-    table = weighed(a=1.0)
-    with pytest.raises(NotFound):
-        table.set_weight("b", 1.0)
-    with pytest.raises(NotFound):
-        table.set_draining("b", True)
 
 
 def test_a_draining_replica_is_not_picked_and_keeps_what_it_has() -> None:
     bench = TableBench("a", "b")
     lease = bench.table.lease("a")
-    bench.table.set_draining("a", True)
+    bench.table.follow({}, ["a"])
     assert bench.eligible() == bench.available() == ["b"]
     assert (counters(bench, "a").draining, counters(bench, "a").in_flight) == (True, 1)
     lease.release(S)
     assert counters(bench, "a").in_flight == 0
-    bench.table.set_draining("a", False)
+    bench.table.follow({}, [])
     assert bench.eligible() == ["a", "b"]
 
 
@@ -500,10 +482,9 @@ def test_in_a_panic_drain_suspicion_suspension_and_weight_are_heeded_nevertheles
     bench = TableBench(*"abcdef", cap=1)
     for replica_id in "abcdef":
         bench.table.breakers.act(replica_id, "open")
-    bench.table.set_draining("b", True)
+    bench.table.follow({"e": 0.0}, ["b"])
     bench.table.set_suspects(["c"])
     bench.table.suspend("d", 2.0)
-    bench.table.set_weight("e", 0.0)
     bench.table.lease("f")
     assert (bench.eligible(), bench.available(), bench.table.panic) == (["a"], ["a", "f"], True)
 
@@ -514,9 +495,9 @@ def test_half_refused_is_no_panic_and_those_that_cannot_be_picked_do_not_count()
     bench.table.breakers.act("b", "open")
     bench.table.changed()
     assert (bench.eligible(), bench.table.panic) == (["c", "d"], False)
-    bench.table.set_draining("c", True)
+    bench.table.follow({}, ["c"])
     assert (bench.eligible(), bench.table.panic) == (["a", "b", "d"], True), "two of the three that are ready"
-    bench.table.set_draining("a", True)
+    bench.table.follow({}, ["a", "c"])
     assert (bench.eligible(), bench.table.panic) == (["d"], False), "one of two"
 
 
@@ -531,9 +512,79 @@ def test_a_replica_on_trial_does_not_refuse() -> None:
     bench = TableBench("a", "b", "c", "d")
     bench.send("a", *[F] * 5)
     bench.send("b", *[F] * 5)
-    bench.table.set_draining("c", True)
+    bench.table.follow({}, ["c"])
     bench.clock.advance(1.0)
     assert bench.eligible() == ["a", "b", "d"]
     for replica_id in "ab":
         bench.table.lease(replica_id, expires_at=bench.clock.now() + 5.0)
     assert (bench.eligible(), bench.table.panic) == (["d"], False)
+
+
+# --- Idle ones ---------------------------------------------------------------------------------------
+
+
+def test_idle_is_who_has_fewer_than_it_works_on_at_once() -> None:
+    bench = TableBench("a", "b", cap=4, at_once=2)
+    leases = [bench.table.lease("a") for _ in range(2)]
+    assert (bench.idle(), bench.eligible()) == (["b"], ["a", "b"])
+    leases.append(bench.table.lease("a"))
+    leases[0].release(S)
+    assert bench.idle() == ["b"]
+    leases[1].release(S)
+    assert bench.idle() == ["a", "b"]
+
+
+def test_a_cap_below_what_it_works_on_at_once_holds_too() -> None:
+    bench = TableBench("a", cap=1, at_once=8)
+    bench.table.lease("a")
+    assert (bench.idle(), bench.eligible()) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("here", "peers", "idle"),
+    [(0, 9, True), (1, 9, True), (2, 2, False), (2, 9, False), (2, 1, True), (3, 0, True), (4, 0, False)],
+)
+def test_of_what_a_replica_works_on_each_router_has_its_share_and_what_the_others_leave(
+    here: int, peers: int, idle: bool
+) -> None:
+    bench = TableBench("a", cap=8, at_once=4, routers=2)
+    for _ in range(here):
+        bench.table.lease("a")
+    bench.table.set_peers({"a": PeerLoad(peers, 0.0)})
+    assert bench.idle() == (["a"] if idle else [])
+
+
+def test_news_of_the_others_make_room() -> None:
+    bench = TableBench("a", cap=8, at_once=4, routers=2)
+    for _ in range(2):
+        bench.table.lease("a")
+    bench.table.set_peers({"a": PeerLoad(2, 0.0)})
+    announced: list[list[str]] = []
+    bench.table.on_capacity.append(lambda: announced.append(bench.idle()))
+    bench.table.set_peers({"a": PeerLoad(1, 0.0)})
+    assert announced == [["a"]]
+
+
+def test_who_answers_its_health_checks_again_is_tried_at_once() -> None:
+    bench = TableBench("a", "b", "c")
+    bench.send("a", *[F] * 5)
+    bench.table.set_suspects(["a"])
+    assert bench.table.breakers.state("a") == "open"
+    bench.table.set_suspects([])
+    assert bench.table.breakers.state("a") == "half_open"
+
+
+def test_when_requests_wait_that_nobody_has_room_for_who_is_out_is_tried_after_a_second() -> None:
+    bench = TableBench("a", "b", "c", cap=1)
+    for _ in range(6):  # out for half a minute by now
+        bench.send("a", *[F] * 5)
+        bench.clock.advance(bench.table.breakers.next_change() - bench.clock.now())
+        bench.eligible()
+    bench.send("a", F)
+    bench.table.needed()
+    assert bench.table.breakers.state("a") == "open"
+    bench.clock.advance(1.0)
+    assert bench.eligible() == ["b", "c"]
+    bench.table.needed()
+    assert bench.eligible() == ["a", "b", "c"]
+    assert bench.table.probes == ["a"]

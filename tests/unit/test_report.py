@@ -9,7 +9,7 @@ from blaze.health.supervisor import ClusterView
 from blaze.reports import TTFT_BUCKETS_S, RouterReport
 from blaze.types import EngineKind
 from blaze.version import __version__
-from tests.fakes import FakePool, FakeService
+from tests.fakes import FakePool, FakeService, Script
 from tests.samples import collect, heartbeat, image_answer, image_request, text_request
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -112,6 +112,22 @@ async def test_status_tells_models_and_replicas() -> None:
         "queued": 2,
     }
     assert expected.items() <= replica.items()
+
+
+async def test_status_tells_how_long_ago_breakers_changed() -> None:
+    failing: list[Script] = [[EngineFailure("broke")] for _ in range(5)]
+    service = FakeService({"m": FakePool(("a", "b"), scripts={"a": failing})})
+    for _ in range(10):
+        async with await service.dispatchers["m"].open(text_request()) as stream:
+            await collect(stream)
+    assert [event["age_s"] for event in (await service.status())["events"]] == [0.0]
+    service.clock.advance(0.5)
+    service.dispatchers["m"].table.breakers.act("a", "close")
+    service.clock.advance(2.0)
+    about = {"model": "m", "replica_id": "a"}
+    opened = {"before": "closed", "after": "open", "reason": "5 failures in a row", "age_s": 2.5}
+    closed = {"before": "open", "after": "closed", "reason": "closed by hand", "age_s": 2.0}
+    assert (await service.status())["events"] == [about | opened, about | closed]
 
 
 def test_a_model_that_nobody_has_reported_yet_is_listed_empty() -> None:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from blaze.health.supervisor import HealthSettings, ReplicaHealth, Supervisor
+from blaze.control import NO_CHANGES, ActOnBreaker, Control, SetDraining, SetStrategy, SetWeight
+from blaze.health.supervisor import SETTINGS_KEPT_S, HealthSettings, ReplicaHealth, Supervisor
 from blaze.reports import TTFT_BUCKETS_S, ModelCounters, ReplicaCounters, ReplicaState, RouterReport
 from tests.fakes import FakeClock
 from tests.samples import heartbeat
@@ -166,3 +167,108 @@ def test_a_router_that_stays_silent_is_forgotten_with_its_in_flight_requests() -
 def test_an_empty_cluster_has_an_empty_view() -> None:
     view = Watch().supervisor.view()
     assert (view.replicas, view.reports, view.counters(), view.models()) == ((), (), {}, {})
+
+
+# --- Settings of replicas that are gone --------------------------------------------------------------
+
+
+def decided(watch: Watch, *replica_ids: str) -> Control:
+    """What operators want of these replicas, and of a model."""
+    control = watch.supervisor.change(SetStrategy("m", "adaptive"), NO_CHANGES)
+    for replica_id in replica_ids:
+        watch.supervisor.change(SetWeight(replica_id, 0.5), NO_CHANGES)
+        watch.supervisor.change(SetDraining(replica_id, True), NO_CHANGES)
+        control = watch.supervisor.change(ActOnBreaker(replica_id, "open"), NO_CHANGES)
+    return control
+
+
+def followed(watch: Watch, *live: str) -> Control:
+    """What a Router with these replicas in its live set is told now."""
+    counters = (ReplicaCounters(replica_id, "m", 0, 1.0, 0, 0) for replica_id in live)
+    return watch.supervisor.report(report("r1", *counters)).control
+
+
+def test_settings_of_a_dead_replica_are_forgotten_in_time_as_a_change_of_their_own() -> None:
+    watch = Watch()
+    for replica_id in ("a", "b"):
+        watch.supervisor.heartbeat(heartbeat(replica_id))
+    control = decided(watch, "a", "b")
+    watch.supervisor.goodbye("a")
+    assert followed(watch) == control
+    watch.clock.advance(SETTINGS_KEPT_S)
+    watch.supervisor.heartbeat(heartbeat("b"))
+    assert followed(watch) == control
+    watch.clock.advance(0.01)
+    left = followed(watch)
+    assert left == control.without({"a"})
+    assert (left.version, left.weights, left.strategies) == (
+        control.version + 1,
+        (("b", 0.5),),
+        (("m", "adaptive"),),
+    )
+    assert followed(watch) == left  # once
+
+
+def test_a_replica_that_falls_silent_is_dead_before_its_settings_begin_to_age() -> None:
+    watch = Watch()
+    watch.supervisor.heartbeat(heartbeat("a"))
+    control = decided(watch, "a")
+    watch.clock.advance(SETTINGS.stall_after_s + 0.01)
+    assert followed(watch) == control
+    watch.clock.advance(SETTINGS_KEPT_S)
+    assert followed(watch) == control
+    watch.clock.advance(0.01)
+    assert followed(watch).replica_ids == set()
+
+
+def test_settings_of_a_replica_that_was_never_heard_of_are_kept_as_long() -> None:
+    """An actor that has come back learns them from a Router, maybe before the replica's next heartbeat."""
+    watch = Watch()
+    known = NO_CHANGES.after(SetWeight("a", 0.5))
+    watch.clock.advance(2 * SETTINGS_KEPT_S)
+    assert watch.supervisor.report(RouterReport("r1", (), (), known)).control == known
+    watch.clock.advance(SETTINGS_KEPT_S)
+    assert followed(watch) == known
+    watch.clock.advance(0.01)
+    assert followed(watch) == known.without({"a"})
+
+
+def test_a_router_that_has_an_older_version_does_not_bring_forgotten_settings_back() -> None:
+    watch = Watch()
+    control = decided(watch, "a")
+    followed(watch)
+    watch.clock.advance(SETTINGS_KEPT_S + 0.01)
+    left = followed(watch)
+    assert watch.supervisor.report(RouterReport("r2", (), (), control)).control == left
+
+
+def test_a_replica_that_comes_back_in_time_keeps_its_settings_and_its_time_begins_again() -> None:
+    watch = Watch()
+    control = decided(watch, "a")
+    followed(watch)
+    watch.clock.advance(SETTINGS_KEPT_S - 1)
+    watch.supervisor.heartbeat(heartbeat("a"))
+    assert followed(watch) == control
+    watch.supervisor.goodbye("a")
+    assert followed(watch) == control
+    watch.clock.advance(SETTINGS_KEPT_S)
+    assert followed(watch) == control
+    watch.clock.advance(0.01)
+    assert followed(watch).replica_ids == set()
+
+
+def test_a_replica_in_a_live_set_keeps_its_settings_however_silent_it_is() -> None:
+    watch = Watch()
+    control = decided(watch, "a")
+    for _ in range(3):
+        assert followed(watch, "a") == control
+        watch.clock.advance(SETTINGS_KEPT_S)
+
+
+def test_the_view_of_the_cluster_forgets_them_too() -> None:
+    watch = Watch()
+    decided(watch, "a")
+    watch.supervisor.view()
+    watch.clock.advance(SETTINGS_KEPT_S + 0.01)
+    watch.supervisor.view()
+    assert followed(watch, "a").replica_ids == set()

@@ -148,3 +148,29 @@ async def test_case_17_a_waiter_cancelled_in_the_moment_of_its_turn_gives_the_le
     (await second).release(Outcome.SUCCESS)
     assert first.cancelled()
     assert desk.in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("came_later_s", "order"),
+    [(0.0, ["small", "large"]), (3.9, ["small", "large"]), (4.1, ["large", "small"])],
+)
+async def test_a_small_request_overtakes_a_large_one_that_came_a_little_earlier(
+    came_later_s: float, order: list[str]
+) -> None:
+    desk = Desk()
+    held = desk.table.lease("a")
+    served: list[str] = []
+
+    async def wait(name: str, size: float) -> None:
+        lease = await desk.room.wait(desk.attempt, FOREVER_S, size=size)
+        served.append(name)
+        lease.release(Outcome.SUCCESS)
+
+    large = asyncio.create_task(wait("large", 100.0))
+    await until(lambda: len(desk.room) == 1)
+    desk.clock.advance(came_later_s)
+    small = asyncio.create_task(wait("small", 0.0))
+    await until(lambda: len(desk.room) == 2)
+    held.release(Outcome.SUCCESS)
+    await asyncio.gather(large, small)
+    assert served == order
