@@ -150,6 +150,7 @@ class Dispatcher:
 
     def counters(self) -> tuple[ModelCounters, tuple[ReplicaCounters, ...]]:
         now = self._clock.now()
+        replicas = self.table.counters(self.model)  # first: breakers that are looked at may half open
         counters = self._account.counters(strategy=self.strategy.name, waiting=len(self._room))
         counters = dataclasses.replace(
             counters,
@@ -158,7 +159,7 @@ class Dispatcher:
             transitions=tuple((state.value, count) for state, count in self._transitions.items()),
             events=tuple(self._event(change, now - at) for at, change in self._events),
         )
-        return counters, self.table.counters(self.model)
+        return counters, replicas
 
     def _event(self, change: Transition, age_s: float) -> BreakerEvent:
         before, after = change.before.value, change.after.value

@@ -82,7 +82,8 @@ class Median:
         self._value: float | None = None
 
     def of(self, columns: Columns, numbers: Floats, now: float) -> float | None:
-        if now - self._looked_at > _MEDIAN_AGE_S or self._membership != columns.membership:
+        known_before = self._value is not None and self._membership == columns.membership
+        if not known_before or now - self._looked_at > _MEDIAN_AGE_S:
             known = numbers[~np.isnan(numbers)]
             self._value = float(np.median(known)) if len(known) else None
             self._looked_at, self._membership = now, columns.membership

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blaze.routing.adaptive import Adaptive
-from blaze.routing.strategy import Ask
+from blaze.routing.strategy import Ask, Pick
 from tests.routing_columns import columns, picks
 
 NAN = math.nan
@@ -59,6 +59,14 @@ def test_the_least_cost_for_the_speed(numbers: dict[str, Sequence[float]], soone
 )
 def test_who_has_served_nothing_yet_is_as_fast_as_the_median(drain: Sequence[float], soonest: str) -> None:
     assert chosen({"drain": drain}) == soonest
+
+
+def test_the_first_speed_that_is_measured_counts_for_all_at_once() -> None:
+    seen, strategy = columns("ab", drain=(NAN, NAN), cost=(10, 10)), Adaptive(random.Random(0))
+    strategy.choose(seen, np.array([0, 1]), Ask(0.0, 10.0))
+    seen.drain[0] = 50.0
+    asks = [Ask(0.001, 10.0, credit=np.array([0.0, 5.0]))] * 20
+    assert {strategy.choose(seen, np.array([0, 1]), ask) for ask in asks} == {Pick("b")}
 
 
 def test_a_replica_that_always_fails_is_no_division_by_zero() -> None:
