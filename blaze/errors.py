@@ -211,6 +211,24 @@ class ReplicaStopping(BlazeError):
     is_failure = False
 
 
+class OtherVariant(BlazeError):
+    """The answer was begun by an engine of another revision, type of numbers or quantization: on this one it
+    would not go on as it began."""
+
+    http_status = 503
+    type = "overloaded_error"
+    code = "other_variant"
+    retryable = True
+    is_failure = False
+
+
+class PoisonRequest(BlazeError):
+    """Two replicas have died as they began to work on the request: no third one is tried."""
+
+    code = "poison_request"
+    is_failure = False
+
+
 class NonFiniteOutput(BlazeError):
     """The model produced NaN or infinity; a black picture is never sent as an answer."""
 

@@ -105,6 +105,7 @@ class ModelCounters:
     ttft_buckets: tuple[int, ...]
     ttft_sum_s: float
     retries: int = 0
+    resumed: int = 0  # answers that went on on another replica
     panic: bool = False  # breakers are ignored, for they refuse more than half of the replicas
     transitions: tuple[tuple[str, int], ...] = ()  # (state that a breaker came to, count)
     events: tuple[BreakerEvent, ...] = ()  # the last ones

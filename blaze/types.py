@@ -94,6 +94,7 @@ class GenerateRequest:
     timeout_s: float | None = None
     priority: int = 0  # lower is served first
     generated: tuple[tuple[TokenId, ...], ...] = ()
+    variant: str = ""  # of the engine that ``generated`` comes from; an engine of another one refuses
     caller: Caller = Caller()
 
     def __post_init__(self) -> None:
@@ -175,9 +176,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Started:
-    """The engine has taken the request up. Diffusion engines send no token ids."""
+    """The engine has taken the request up. Diffusion engines send no token ids.
+
+    ``variant``: the model's revision, its type of numbers, its quantization. Where it differs, an answer does
+    not go on token for token.
+    """
 
     prompt_token_ids: tuple[TokenId, ...] = ()
+    variant: str = ""
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,6 @@ class ClusterService:
         peers = dict(news.peers)
         for dispatcher in self._dispatchers.values():
             dispatcher.table.set_peers(peers)
-            dispatcher.table.set_suspects(news.suspects)
+            dispatcher.set_suspects(news.suspects)
             known = dispatcher.table.columns.place
             dispatcher.prefixes.learn((id, digest) for id, digest in news.prefixes if id in known)

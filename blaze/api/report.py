@@ -43,6 +43,7 @@ def _model_status(card: ModelCard, view: ClusterView, counters: ModelCounters | 
         "ready": states.count(ReplicaState.READY),
         "waiting": counters.waiting if counters else 0,
         "retries": counters.retries if counters else 0,
+        "resumed": counters.resumed if counters else 0,
         "panic": counters.panic if counters else False,
         "requests": dict(counters.outcomes) if counters else {},
     }
@@ -108,6 +109,9 @@ class _ClusterCollector(Collector):
             "blaze_waiting_requests", "Requests without a replica yet.", labels=["model"]
         )
         retries = CounterMetricFamily("blaze_retries", "Attempts after the first one.", labels=["model"])
+        resumed = CounterMetricFamily(
+            "blaze_streams_resumed", "Answers that went on on another replica.", labels=["model"]
+        )
         panic = GaugeMetricFamily(
             "blaze_router_panic",
             "1 while breakers are ignored, for they refuse most replicas.",
@@ -129,11 +133,12 @@ class _ClusterCollector(Collector):
             images.add_metric([name], model.images)
             waiting.add_metric([name], model.waiting)
             retries.add_metric([name], model.retries)
+            resumed.add_metric([name], model.resumed)
             panic.add_metric([name], model.panic)
             for state, count in model.transitions:
                 breakers.add_metric([name, state], count)
             ttft.add_metric([name], _buckets(model), model.ttft_sum_s)
-        yield from (requests, tokens, images, waiting, retries, panic, breakers, ttft)
+        yield from (requests, tokens, images, waiting, retries, resumed, panic, breakers, ttft)
 
     def _replicas(self) -> Iterator[Metric]:
         in_flight = GaugeMetricFamily(

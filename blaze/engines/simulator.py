@@ -16,7 +16,7 @@ from contextlib import aclosing
 from blaze.clock import Clock, SystemClock
 from blaze.engine_config import SimulatorConfig
 from blaze.engines.operations import RunsOperations
-from blaze.errors import DeadlineExceeded, EngineFailure, InvalidRequest, ReplicaStopping
+from blaze.errors import DeadlineExceeded, EngineFailure, InvalidRequest, OtherVariant, ReplicaStopping
 from blaze.reports import EngineStatus
 from blaze.types import (
     ChatPrompt,
@@ -47,6 +47,7 @@ class SimulatorEngine(RunsOperations):
         self._slowdown = options.slowdown.get(rank, 1.0)
         self._fail_rate = options.fail_rate.get(rank, 0.0)
         self._hang = options.hang.get(rank, 0.0)
+        self._variant = f"simulator/{options.seed}/{options.tokens}/{options.jitter}"
         self._fail_for_s = options.fail_for_s.get(rank, 0.0)
         self._first_request_at: float | None = None
         # Per replica and call, not per request: a retry elsewhere is a new draw.
@@ -86,12 +87,14 @@ class SimulatorEngine(RunsOperations):
                     yield events
         except TimeoutError:
             yield (Failed(DeadlineExceeded("The deadline passed before the answer was complete.").info),)
-        except (InvalidRequest, EngineFailure, ReplicaStopping) as error:
+        except (InvalidRequest, EngineFailure, OtherVariant, ReplicaStopping) as error:
             yield (Failed(error.info),)
 
     async def _answer(self, request: Request, deadline: float | None) -> AsyncGenerator[Events]:
         if not isinstance(request, GenerateRequest):
             raise InvalidRequest("This model generates text, not images.", param="model")
+        if request.variant not in ("", self._variant):
+            raise OtherVariant("The answer was begun by a simulator with other settings.")
         rng = self._rng(request)
         self._queued += 1
         try:
@@ -130,19 +133,25 @@ class SimulatorEngine(RunsOperations):
         sampling = request.sampling
         count, reason = self._end(sampling.max_tokens)
         prompt_ids = _prompt_ids(request.prompt)
-        pending: list[Event] = [Started(prompt_ids)]
+        pending: list[Event] = [Started(prompt_ids, self._variant)]
         wait_ms = self._options.ttft_ms
+        done = min(map(len, request.generated), default=0)
         for position in range(count):
-            if wait_ms > 0:
+            if position < done:  # the draws of an answer that goes on are those of an unbroken one
+                if (self._options.ttft_ms if position == 0 else self._options.inter_token_ms) > 0:
+                    self._stretch(rng)
+            elif wait_ms > 0:
                 if len(pending) > (position == 0):  # Started waits for the first token
                     yield tuple(pending)
                     pending = []
                 await self._pause(wait_ms, rng, deadline)
-            self._step()
             for index in range(sampling.n):
                 token = rng.randrange(len(_WORDS))
-                pending.append(TextDelta(index, _WORDS[token] + " ", (token,)))
-            wait_ms = self._options.inter_token_ms
+                if not request.generated or position >= len(request.generated[index]):
+                    pending.append(TextDelta(index, _WORDS[token] + " ", (token,)))
+            if position >= done:
+                self._step()
+                wait_ms = self._options.inter_token_ms
         pending.extend(ChoiceFinished(index, reason) for index in range(sampling.n))
         pending.append(Finished(Usage(prompt_tokens=len(prompt_ids), completion_tokens=count * sampling.n)))
         yield tuple(pending)
@@ -154,11 +163,14 @@ class SimulatorEngine(RunsOperations):
         return max_tokens, "length"
 
     async def _pause(self, milliseconds: float, rng: random.Random, deadline: float | None) -> None:
-        stretch = 1.0 + rng.uniform(-self._options.jitter, self._options.jitter)
+        stretch = self._stretch(rng)
         async with asyncio.timeout_at(deadline):
             await asyncio.sleep(milliseconds / 1000.0 * self._slowdown * stretch)
         if self._stopping.is_set():
             raise ReplicaStopping("The replica is shutting down.")
+
+    def _stretch(self, rng: random.Random) -> float:
+        return 1.0 + rng.uniform(-self._options.jitter, self._options.jitter)
 
     def _step(self) -> None:
         self._steps += 1

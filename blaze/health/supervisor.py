@@ -201,6 +201,7 @@ def _sum_model(parts: list[ModelCounters]) -> ModelCounters:
         ttft_buckets=tuple(map(sum, zip(*(part.ttft_buckets for part in parts), strict=True))),
         ttft_sum_s=sum(part.ttft_sum_s for part in parts),
         retries=sum(part.retries for part in parts),
+        resumed=sum(part.resumed for part in parts),
         panic=any(part.panic for part in parts),
         transitions=_sum_outcomes(part.transitions for part in parts),
         events=tuple(event for part in parts for event in part.events),

@@ -16,6 +16,7 @@ class ModelAccount:
         self._prompt_tokens = 0
         self._completion_tokens = 0
         self._images = 0
+        self.resumed = 0  # answers that went on on another replica
         self._ttft_buckets = [0] * len(TTFT_BUCKETS_S)
         self._ttft_sum_s = 0.0
 
@@ -40,6 +41,7 @@ class ModelAccount:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             images=self._images,
+            resumed=self.resumed,
             ttft_buckets=tuple(self._ttft_buckets),
             ttft_sum_s=self._ttft_sum_s,
         )

@@ -9,38 +9,37 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import math
 import random
 from collections import deque
+from collections.abc import Collection
 
 from blaze.clock import Clock
-from blaze.errors import Overloaded
+from blaze.errors import ErrorInfo, OtherVariant, Overloaded, PoisonRequest
 from blaze.prompt_chain import PromptChain, prompt_chain
 from blaze.reports import BreakerEvent, ModelCounters, ReplicaCounters
 from blaze.routing.accounting import ModelAccount
-from blaze.routing.admission import WaitingRoom
-from blaze.routing.affinity import SessionTable
+from blaze.routing.attempt import Attempt, RoutingState, Running
 from blaze.routing.breaker import BreakerBoard, BreakerState, Transition
-from blaze.routing.columns import Places
 from blaze.routing.cost import CostModel
-from blaze.routing.least import LeastConnections
 from blaze.routing.outcome import Outcome
+from blaze.routing.picker import Picker
 from blaze.routing.pool import ReplicaPool
-from blaze.routing.prefix_credit import PrefixCredit
-from blaze.routing.rendezvous import IPHash
 from blaze.routing.replica import Lease
 from blaze.routing.replicas import ReplicaTable
 from blaze.routing.retries import RetryBudget, pause_s
-from blaze.routing.route import Route, affinity_key, with_seed
-from blaze.routing.routed_stream import RoutedStream, RoutingState
+from blaze.routing.route import POISON_DEATHS, Route, affinity_key, with_seed
+from blaze.routing.routed_stream import RoutedStream
 from blaze.routing.settings import DispatchSettings
-from blaze.routing.strategy import Ask, Pick, Strategy
+from blaze.routing.strategy import Strategy
+from blaze.routing.transcript import transcript_of
 from blaze.types import GenerateRequest, ReplicaId, Request
 
 logger = logging.getLogger(__name__)
 
-_COMPLAINT_EVERY_S = 60.0
 _EVENTS = 64  # of breakers, kept for whoever asks
+_POISON = PoisonRequest(
+    f"{POISON_DEATHS} replicas have died as they began to work on this request: no other is tried."
+)
 
 
 class Dispatcher:
@@ -57,7 +56,6 @@ class Dispatcher:
         settings: DispatchSettings,
     ) -> None:
         self.model = model
-        self.strategy = strategy  # may be replaced at any time: a pick is one call
         self._pool = pool
         self._clock = clock
         self._rng = rng
@@ -74,6 +72,7 @@ class Dispatcher:
         )
         self._costs = CostModel()
         self._account = ModelAccount(model)
+        self._running = Running()
         self._state = RoutingState(
             table=self.table,
             account=self._account,
@@ -81,15 +80,20 @@ class Dispatcher:
             clock=clock,
             suspend_s=settings.suspend_s,
             deadline_grace_s=settings.deadline_grace_s,
+            running=self._running,
         )
-        self._room = WaitingRoom(clock, max_queued=settings.max_queued)
-        self.table.on_capacity.append(self._room.pump)
-        self._sessions = SessionTable(clock, timeout_s=settings.sticky_session_timeout_s)
-        self.prefixes = PrefixCredit()
+        self._picker = Picker(
+            model,
+            strategy,
+            self.table,
+            clock=clock,
+            rng=rng,
+            settings=settings,
+            typical_cost=lambda: self._costs.typical,
+            wake=pool.wake,
+        )
+        self.prefixes = self._picker.prefixes
         self._retries = RetryBudget()
-        self._fallback = LeastConnections(rng)
-        self._complained_at = -math.inf
-        self._rechecking: asyncio.TimerHandle | None = None
         pool.subscribe(self.table.sync)  # first: what is published from now on is not missed
         self.table.sync(pool.live())
 
@@ -98,60 +102,92 @@ class Dispatcher:
 
         A replica that fails before its first content costs an attempt on another one, up to
         ``max_retries`` and as far as the budget for retries goes, or ``max_lost`` where the replica went
-        away. An error that no attempt got past is the stream's only event, ``Failed``. Raises
-        :class:`Overloaded` when no replica can take the request before its deadline.
+        away; later than that, the answer goes on elsewhere, by the same limits. An error that no attempt got
+        past is the stream's only event, ``Failed``. Raises :class:`Overloaded` when no replica can take the
+        request before its deadline.
         The caller owns the stream and must close it (it is an async context manager).
         """
         timeout_s = self._settings.request_timeout_s if request.timeout_s is None else request.timeout_s
         deadline = self._clock.now() + timeout_s
         request = with_seed(request, self._rng)
         route = Route(request, self._costs.of(request), affinity_key(request), self._chain(request), deadline)
-        retries = lost = 0
-        reserved = False
+        attempt = await self._send(route)
+
+        async def resume(rest: Request, error: ErrorInfo) -> Attempt | ErrorInfo:
+            route.request, route.cost = rest, self._costs.of(rest)
+            try:
+                resumed = await self._send(route, error)
+            except Overloaded as overloaded:
+                return overloaded.info
+            self._account.resumed += isinstance(resumed, Attempt)
+            return resumed
+
+        return RoutedStream(route.tried_last, attempt, transcript_of(request), resume)
+
+    async def _send(self, route: Route, error: ErrorInfo | None = None) -> Attempt | ErrorInfo:
+        """An attempt that has begun to answer, or the error that none got past. ``error``: of the attempt
+        before, which is gone on with."""
         try:
             while True:
-                stream = await self._attempt(route)
-                error = stream.error
-                if error is None or not error.retryable:
-                    return stream
-                # A replica that goes away is not the request's fault: it does not use up its retries.
-                lost += error.replica_gone
-                retries += not error.replica_gone
-                pause = (
-                    0.0 if error.replica_gone else self._settings.retry_pause * pause_s(retries, self._rng)
-                )
-                if retries > self._settings.max_retries or lost > self._settings.max_lost:
-                    return stream
-                if self._clock.now() + pause >= deadline:
-                    return stream
-                if not error.replica_gone and not reserved:
-                    reserved = self._retries.reserve(self._active)
-                    if not reserved:
-                        return stream
-                self._retries.total += 1
-                await stream.aclose()
-                route.tried.append(stream.replica_id)
-                if pause > 0:
-                    await asyncio.sleep(pause)
+                if error is not None:
+                    pause = self._pause_before_another(route, error)
+                    if pause is None:
+                        return _POISON.info if route.is_poison else error
+                    self._retries.total += 1
+                    if pause > 0:
+                        await asyncio.sleep(pause)
+                attempt = await self._attempt(route)
+                error = attempt.error
+                if error is None:
+                    return attempt
+                route.note_failure(attempt.replica_id, error, died_at_work=attempt.died_at_work)
+                await attempt.aclose()
         finally:
-            if reserved:
+            if route.reserved:
+                route.reserved = False
                 self._retries.give_back()
 
-    async def _attempt(self, route: Route) -> RoutedStream:
-        stream = self._start(route.request, await self._acquire(route), route.deadline)
+    def _pause_before_another(self, route: Route, error: ErrorInfo) -> float | None:
+        """Seconds until the next attempt; None: that was the last one."""
+        if not error.retryable or route.is_poison:
+            return None
+        # A replica that goes away is not the request's fault: it does not use up its retries.
+        exempt = error.replica_gone or error.code == OtherVariant.code
+        route.lost += exempt
+        route.retries += not exempt
+        pause = 0.0 if exempt else self._settings.retry_pause * pause_s(route.retries, self._rng)
+        if route.retries > self._settings.max_retries or route.lost > self._settings.max_lost:
+            return None
+        if self._clock.now() + pause >= route.deadline:
+            return None
+        if not exempt and not route.reserved:
+            route.reserved = self._retries.reserve(self._active)
+            if not route.reserved:
+                return None
+        return pause
+
+    async def _attempt(self, route: Route) -> Attempt:
+        attempt = self._start(route.request, await self._picker.lease(route), route.deadline)
+        route.tried_last = attempt.replica_id
         try:
-            await stream.begin()
+            await attempt.begin()
         except BaseException:
-            await stream.aclose()
+            await attempt.aclose()
             raise
         if route.chain:
-            self.prefixes.sent(route.chain, stream.replica_id, self._clock.now())
-        return stream
+            self.prefixes.sent(route.chain, attempt.replica_id, self._clock.now())
+        return attempt
+
+    def set_suspects(self, suspects: Collection[ReplicaId]) -> None:
+        """Replicas that do not answer the health actor: nobody is sent there, and what runs there goes on
+        elsewhere."""
+        for replica_id in self.table.set_suspects(suspects):
+            self._running.lose(replica_id)
 
     def counters(self) -> tuple[ModelCounters, tuple[ReplicaCounters, ...]]:
         now = self._clock.now()
         replicas = self.table.counters(self.model)  # first: breakers that are looked at may half open
-        counters = self._account.counters(strategy=self.strategy.name, waiting=len(self._room))
+        counters = self._account.counters(strategy=self.strategy.name, waiting=self._picker.num_waiting)
         counters = dataclasses.replace(
             counters,
             retries=self._retries.total,
@@ -166,6 +202,14 @@ class Dispatcher:
         return BreakerEvent(self.model, change.replica_id, before, after, change.reason, age_s)
 
     @property
+    def strategy(self) -> Strategy:
+        return self._picker.strategy
+
+    @strategy.setter
+    def strategy(self, strategy: Strategy) -> None:
+        self._picker.strategy = strategy
+
+    @property
     def available_replicas(self) -> int:
         return len(self.table.available())
 
@@ -176,102 +220,9 @@ class Dispatcher:
 
     @property
     def _active(self) -> int:
-        return self.table.in_flight + len(self._room)
+        return self.table.in_flight + self._picker.num_waiting
 
-    # --- Whose turn it is, and where ------------------------------------------------------------------
-
-    async def _acquire(self, route: Route) -> Lease:
-        def attempt() -> Lease | None:
-            now = self._clock.now()
-            if self._settings.routers > 1:
-                self.table.columns.peers_age_s = now - self.table.peers_known_at
-            idle = self.strategy.binds_late
-            eligible = self.table.eligible(route.tried, idle=idle)
-            if not len(eligible) and not len(self.table.available(route.tried)):
-                eligible = self.table.eligible(idle=idle)  # nowhere else to go: where it has just failed
-            if not len(eligible):
-                if self.table.all_weights_are_zero:
-                    raise Overloaded("All replicas of the model have weight 0.", retry_after_s=1)
-                return None
-            credit = self.prefixes.of(route.chain, self.table.columns, now) if route.chain else None
-            pick = self._pick(route.request, eligible, Ask(now, route.cost, route.key, credit))
-            return self.table.lease(pick.replica_id, cost=route.cost, expires_at=route.deadline)
-
-        if not self._room:  # whoever waits already comes first
-            lease = attempt()
-            if lease is not None:
-                return lease
-        self._recheck_soon()
-        request = route.request
-        return await self._room.wait(
-            attempt,
-            max(0.0, route.deadline - self._clock.now()),
-            selective=bool(route.tried),
-            priority=request.priority if isinstance(request, GenerateRequest) else 0,
-            size=route.cost / self._costs.typical,
-            retry_after_s=self._retry_after_s,
-        )
-
-    def _pick(self, request: Request, eligible: Places, ask: Ask) -> Pick:
-        if self.table.probes and not isinstance(self.strategy, IPHash):
-            # Whatever the strategy thinks of it: a breaker can only close by requests. Those of a key's own
-            # replica come by themselves.
-            return Pick(self.table.probes[0])
-        session = request.caller.session_id if self._settings.sticky_sessions else None
-        if session is None:
-            return self._choose(eligible, ask)
-        kept = self._sessions.replica_of(session)
-        if kept is not None and self._is_among(kept, eligible):
-            return Pick(kept)
-        pick = self._choose(eligible, ask)
-        self._sessions.keep(session, pick.replica_id)
-        return pick
-
-    def _choose(self, eligible: Places, ask: Ask) -> Pick:
-        """A strategy that fails loses no request: least connections takes its place."""
-        try:
-            pick = self.strategy.choose(self.table.columns, eligible, ask)
-            if pick is not None and self._is_among(pick.replica_id, eligible):
-                return pick
-            self._complain(f"picked {pick}", None)
-        except Exception as error:
-            self._complain(f"raised {type(error).__name__}", error)
-        pick = self._fallback.choose(self.table.columns, eligible, ask)
-        assert pick is not None, "somebody is eligible"
-        return pick
-
-    def _is_among(self, replica_id: ReplicaId, eligible: Places) -> bool:
-        place = self.table.columns.place.get(replica_id)
-        return place is not None and bool((eligible == place).any())
-
-    def _complain(self, what: str, error: Exception | None) -> None:
-        now = self._clock.now()
-        if now - self._complained_at >= _COMPLAINT_EVERY_S:
-            self._complained_at = now
-            logger.error("%s: strategy %s %s", self.model, self.strategy.name, what, exc_info=error)
-
-    def _retry_after_s(self) -> float:
-        """When somebody may take a request again, as far as can be told."""
-        if len(self.table.available()):
-            return self._room.expected_wait_s()
-        return self.table.back_in_s(self._settings.recheck_s)
-
-    def _recheck_soon(self) -> None:
-        """While requests wait: suspensions end by time alone, and an empty pool has to be woken."""
-        if self._rechecking is None:
-            self._rechecking = asyncio.get_running_loop().call_later(self._settings.recheck_s, self._recheck)
-        if not len(self.table.available()):
-            self._pool.wake()
-
-    def _recheck(self) -> None:
-        self._rechecking = None
-        self._room.pump()
-        if self._room:
-            self.table.needed()
-        if self._room:
-            self._recheck_soon()
-
-    def _start(self, request: Request, lease: Lease, deadline: float) -> RoutedStream:
+    def _start(self, request: Request, lease: Lease, deadline: float) -> Attempt:
         self._costs.started(lease.cost)
         self.table.columns.cost_cap = max(1e-9, self._settings.max_in_flight * self._costs.typical)
         remaining = max(0.0, deadline - self._clock.now())
@@ -280,7 +231,7 @@ class Dispatcher:
         except BaseException:
             lease.release(Outcome.NEUTRAL)
             raise
-        return RoutedStream(request, call, lease, self._state, deadline)
+        return Attempt(request, call, lease, self._state, deadline)
 
     def _on_transition(self, change: Transition) -> None:
         logger.warning(

@@ -110,8 +110,9 @@ class ReplicaTable:
                 self.columns.weight[place] = self._weights[replica_id]
         self.changed()
 
-    def set_suspects(self, suspects: Collection[ReplicaId]) -> None:
-        """Replicas that do not answer. When that is all of them, it is rather who asks that is cut off."""
+    def set_suspects(self, suspects: Collection[ReplicaId]) -> set[ReplicaId]:
+        """Replicas that do not answer; returns those that were none before. When that is all of them, it is
+        rather who asks that is cut off."""
         doubtful = set(suspects) & self._by_id.keys()
         if len(doubtful) == len(self._by_id):
             doubtful = set()
@@ -122,6 +123,7 @@ class ReplicaTable:
             for replica_id in before - doubtful:
                 self.breakers.health_passed(replica_id)
             self.changed()
+        return doubtful - before
 
     def set_peers(self, loads: Mapping[ReplicaId, PeerLoad] | None) -> None:
         """What the other Routers have in flight; None: nobody tells of them any more."""

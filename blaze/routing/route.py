@@ -7,14 +7,22 @@ import random
 from dataclasses import dataclass, field
 
 from blaze.checks import SEED_BOUND
+from blaze.errors import ErrorInfo, OtherVariant
 from blaze.prompt_chain import PromptChain
 from blaze.routing.columns import stable_hash
 from blaze.types import GenerateRequest, ReplicaId, Request
 
+POISON_DEATHS = 2
+
 
 @dataclass(slots=True)
 class Route:
-    """``tried``: replicas on which it has failed."""
+    """``tried``: replicas on which it has failed; ``unfit``: those that cannot go on with it; ``tried_last``:
+    where it was sent last, failed or not.
+
+    ``retries`` after errors and ``lost`` for replicas that went away: attempts beyond the first. ``deaths``:
+    replicas in a row that died as they began to work on it.
+    """
 
     request: Request
     cost: float
@@ -22,6 +30,22 @@ class Route:
     chain: PromptChain
     deadline: float
     tried: list[ReplicaId] = field(default_factory=list)
+    unfit: list[ReplicaId] = field(default_factory=list)
+    tried_last: ReplicaId = ""
+    retries: int = 0
+    lost: int = 0
+    deaths: int = 0
+    reserved: bool = False  # of the budget for retries
+
+    def note_failure(self, replica_id: ReplicaId, error: ErrorInfo, *, died_at_work: bool) -> None:
+        self.tried.append(replica_id)
+        if error.code == OtherVariant.code:
+            self.unfit.append(replica_id)
+        self.deaths = self.deaths + 1 if died_at_work else 0
+
+    @property
+    def is_poison(self) -> bool:
+        return self.deaths >= POISON_DEATHS
 
 
 def affinity_key(request: Request) -> int | None:

@@ -1,171 +1,79 @@
-"""One request's answer on its way through the router: events, outcome, what it says of the replica."""
+"""One request's answer on its way through the router, whichever replicas it comes from."""
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
-from blaze.clock import Clock
-from blaze.errors import BlazeError, DeadlineExceeded, EngineFailure, ErrorInfo
-from blaze.routing.accounting import ModelAccount
-from blaze.routing.cost import OUTPUT_TOKEN, PROMPT_TOKEN, CostModel
-from blaze.routing.outcome import Outcome
-from blaze.routing.pool import ReplicaCall
-from blaze.routing.replica import Lease
-from blaze.routing.replicas import ReplicaTable
-from blaze.types import Event, Events, Failed, Finished, GenerateRequest, Progress, Request, Started
+from blaze.errors import ErrorInfo
+from blaze.routing.attempt import Attempt
+from blaze.routing.transcript import Transcript
+from blaze.types import Events, Failed, Finished, ReplicaId, Request
 
-
-@dataclass(frozen=True, slots=True)
-class RoutingState:
-    """What the answers of one model share."""
-
-    table: ReplicaTable
-    account: ModelAccount
-    costs: CostModel
-    clock: Clock
-    suspend_s: float
-    deadline_grace_s: float
+Resume: TypeAlias = Callable[[Request, ErrorInfo], Awaitable["Attempt | ErrorInfo"]]
 
 
 class RoutedStream:
-    """Batches of events that end with exactly one terminal event."""
+    """Batches of events that end with exactly one terminal event.
+
+    An attempt that breaks in the middle is gone on with on another replica: the reader sees one answer, in
+    which nothing is missing and nothing comes twice.
+    """
 
     def __init__(
-        self, request: Request, call: ReplicaCall, lease: Lease, state: RoutingState, deadline: float
+        self, replica_id: ReplicaId, attempt: Attempt | ErrorInfo, transcript: Transcript, resume: Resume
     ) -> None:
-        self.replica_id = lease.replica.id
-        self.error: ErrorInfo | None = None  # when the answer is nothing but an error
-        self._request = request
-        self._call = call
-        self._lease = lease
-        self._state = state
-        self._first: Events = ()
-        self._ended = False  # as far as the replica is concerned
-        self._told = False  # the terminal event has been given out
-        # The engine keeps the deadline itself and says so; who says nothing for a while longer has failed.
-        # One timer for all of the answer: one per batch would be a good part of what a batch costs.
-        self._patience_ends = deadline + state.deadline_grace_s
-        self._reader: asyncio.Task[object] | None = None
-        self._gave_up = False
-        self._timer = asyncio.get_running_loop().call_later(
-            max(0.0, self._patience_ends - state.clock.now()), self._give_up
-        )
-
-    async def begin(self) -> None:
-        """Wait for the first content. What comes before it (``Started``, ``Progress``) commits to nothing:
-        until content arrives, the request can begin anew on another replica."""
-        events: Events = ()
-        while True:
-            events += await self._next()
-            last = events[-1]
-            if isinstance(last, Failed) and not any(map(_is_content, events)):
-                self.error = last.error
-                self._first = (last,)
-                return
-            if any(map(_is_content, events)):
-                self._first = events
-                self._note_first_content(events)
-                return
+        self.replica_id = replica_id  # the first to answer; of an error, the last that was tried
+        self.error = attempt if isinstance(attempt, ErrorInfo) else None  # when that is all of the answer
+        self._attempt = None if isinstance(attempt, ErrorInfo) else attempt
+        self._transcript = transcript
+        self._resume = resume
+        self._broken = self.error  # what is to be got past, or told
+        self._told = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Events:
-        if self._first:
-            first, self._first = self._first, ()
-            return first
-        if self._told:
-            raise StopAsyncIteration
-        return await self._next()
+        while True:
+            if self._told:
+                raise StopAsyncIteration
+            if self._broken is not None or self._attempt is None:
+                assert self._broken is not None
+                end = await self._go_on(self._broken)
+                if end is not None:
+                    return end
+                continue
+            events = await anext(self._attempt)
+            last = events[-1]
+            if isinstance(last, Failed):
+                self._broken = last.error
+                events = events[:-1]
+            events = self._transcript.take(events)
+            self._told = isinstance(last, Finished)
+            if events:
+                return events
 
-    async def _next(self) -> Events:
-        events = await self._receive()
-        last = events[-1]
-        if isinstance(last, Finished):
-            self._told = True
-            self._finished(last)
-        elif isinstance(last, Failed):
-            self._told = True
-            if last.error.replica_gone:
-                self._state.table.suspend(self.replica_id, self._state.suspend_s)
-            failed = last.error.is_failure or self._gave_up
-            self._end(Outcome.FAILURE if failed else Outcome.NEUTRAL, last.error.retry_after_s)
-        return events
-
-    async def _receive(self) -> Events:
-        """The next batch; whatever goes wrong is a terminal event."""
-        if self._is_late():
-            self._give_up()
-            return _TOO_LATE
-        reader = self._reader = asyncio.current_task()
-        assert reader is not None
-        before = reader.cancelling()
-        try:
-            return await anext(self._call)
-        except StopAsyncIteration:
-            return _failed(EngineFailure("The replica ended its answer without a result."))
-        except asyncio.CancelledError:
-            # As asyncio.timeout tells them apart: when others have cancelled it too, it stays cancelled.
-            if not self._gave_up or reader.uncancel() > before:
-                raise
-            return _TOO_LATE
-        except BlazeError as error:
-            return _failed(error)
-        finally:
-            self._reader = None
-
-    def _is_late(self) -> bool:
-        return self._gave_up or self._state.clock.now() >= self._patience_ends
-
-    def _give_up(self) -> None:
-        self._gave_up = True
-        self._call.cancel()
-        if self._reader is not None:
-            self._reader.cancel()
-        elif not self._ended:  # nobody has asked for more: the replica is not to blame
-            self._end(Outcome.NEUTRAL)
-
-    # --- What the answer says of its replica ---------------------------------------------------------
-
-    def _note_first_content(self, events: Events) -> None:
-        state, request = self._state, self._request
-        after_s = state.clock.now() - self._lease.started_at
-        state.account.first_content(after_s)
-        # A picture comes whole: its time is known at the end, and is only then comparable.
-        self._lease.first_content(after_s if isinstance(request, GenerateRequest) else None)
-        first = events[0]
-        if isinstance(first, Started) and first.prompt_token_ids and isinstance(request, GenerateRequest):
-            count = len(first.prompt_token_ids)
-            self._lease.recost(state.costs.of_text(request, count, cached_tokens=0))
-
-    def _finished(self, event: Finished) -> None:
-        state, usage = self._state, event.usage
-        response_s: float | None = None
-        if isinstance(self._request, GenerateRequest):
-            uncached = max(0, usage.prompt_tokens - usage.cached_tokens)
-            self._lease.recost(PROMPT_TOKEN * uncached + OUTPUT_TOKEN * usage.completion_tokens)
-            state.costs.finished(usage.completion_tokens / self._request.sampling.n)
-        else:
-            # Of a request of typical cost, for pictures differ in steps and size.
-            took_s = state.clock.now() - self._lease.started_at
-            response_s = took_s * state.costs.typical / self._lease.cost
-        self._end(Outcome.SUCCESS, response_s)
-        state.account.finished(usage)
-
-    def _end(self, outcome: Outcome, response_s: float | None = None) -> None:
-        self._ended = True
-        self._timer.cancel()
-        if self._lease.release(outcome, response_s=response_s):
-            self._state.account.outcome(outcome)
+    async def _go_on(self, error: ErrorInfo) -> Events | None:
+        """None: somebody has taken over. Else this is how the answer ends."""
+        if self.error is None and error.retryable:
+            rest = self._transcript.rest()
+            if isinstance(rest, Finished):
+                self._told = True
+                return (rest,)
+            found = await self._resume(rest, error)
+            if isinstance(found, Attempt):
+                self._attempt, self._broken = found, None
+                return None
+            error = found
+        self._told = True
+        return (Failed(error),)
 
     async def aclose(self) -> None:
         """Give everything back. An answer that was not read to its end counts as cancelled: neutral."""
-        if not self._ended:
-            self._end(Outcome.NEUTRAL)
-            self._call.cancel()
+        if self._attempt is not None:
+            await self._attempt.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -174,14 +82,3 @@ class RoutedStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
-
-
-def _is_content(event: Event) -> bool:
-    return not isinstance(event, Started | Progress | Failed)
-
-
-def _failed(error: BlazeError) -> Events:
-    return (Failed(error.info),)
-
-
-_TOO_LATE = _failed(DeadlineExceeded("The request's deadline passed before it was finished."))

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blaze.errors import BlazeError, EngineFailure, InvalidRequest, Overloaded, ReplicaLost
+from blaze.errors import EngineFailure, InvalidRequest, Overloaded, ReplicaLost
 from blaze.types import Event, Started, TextDelta
 from tests.fakes import FakeCall, FakePool, Script, answer
 from tests.routing_bench import RoutingBench
@@ -180,9 +180,8 @@ def test_attempts_are_bounded_and_an_answer_has_one_terminal_event(
         return events, len(bench.called)
 
     events, attempts = asyncio.run(ask())
-    assert attempts <= 1 + max_retries + scripts[: attempts - 1].count("lost")
+    assert attempts <= 1 + max_retries + sum(name.startswith("lost") for name in scripts[: attempts - 1])
     assert len(terminals(events)) == 1
     assert terminals([events[-1]])
-    errors_before = [name for name in scripts[: attempts - 1] if name in ("refused", "success")]
-    assert errors_before == [], "nothing is retried that was answered or refused"
-    assert all(isinstance(step, BlazeError) for name in scripts[: attempts - 1] for step in SCRIPTS[name])
+    answered = {"refused", "success", "long success"}
+    assert not answered & set(scripts[: attempts - 1]), "nothing is tried again that was answered or refused"

@@ -4,7 +4,13 @@ import asyncio
 
 import pytest
 
-from blaze.errors import DeadlineExceeded, EngineFailure, InvalidRequest, Overloaded, ReplicaLost
+from blaze.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NonFiniteOutput,
+    Overloaded,
+    ReplicaLost,
+)
 from blaze.types import ChoiceFinished, Failed, Finished, Started, TextDelta, Usage
 from tests.fakes import FakeCall, FakePool, Script, answer
 from tests.routing_bench import RoutingBench
@@ -57,7 +63,7 @@ async def test_case_17_thirty_streams_leave_no_count_behind() -> None:
     class Pool(FakePool):
         def call(self, replica_id: str, request: object) -> FakeCall:
             number = len(self.open_calls)
-            endings: list[Script] = [answer(), [EngineFailure("broke in the middle")], []]
+            endings: list[Script] = [answer(), [NonFiniteOutput("broke in the middle")], []]
             ends = endings[number // 10]
             call = StubbornCall([BEGINNING, *ends])
             self.open_calls.append(call)
@@ -111,8 +117,8 @@ async def test_a_caller_cancelled_before_the_first_event_gives_everything_back()
     assert (bench.in_flight, bench.outcomes["neutral"]) == ({"a": 0}, 1)
 
 
-async def test_an_error_in_mid_stream_is_its_one_terminal_event_and_is_not_retried() -> None:
-    script: Script = [BEGINNING, EngineFailure("broke in the middle")]
+async def test_an_error_in_mid_stream_that_nobody_could_mend_is_its_one_terminal_event() -> None:
+    script: Script = [BEGINNING, NonFiniteOutput("broke in the middle")]
     bench = RoutingBench(FakePool(next_scripts=[script]))
     events = await bench.ask(text_request())
     assert events[:2] == list(BEGINNING)
@@ -123,7 +129,7 @@ async def test_an_error_in_mid_stream_is_its_one_terminal_event_and_is_not_retri
 
 
 async def test_an_answer_that_ends_without_a_result_is_a_failure() -> None:
-    bench = RoutingBench(FakePool(("a",), scripts={"a": [[BEGINNING]]}))
+    bench = RoutingBench(FakePool(("a",), scripts={"a": [[BEGINNING]]}), max_retries=0)
     events = await bench.ask(text_request())
     assert isinstance(events[-1], Failed)
     assert events[-1].error.is_failure

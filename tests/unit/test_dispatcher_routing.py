@@ -288,14 +288,15 @@ async def test_what_goes_wrong_with_a_waiting_request_is_its_own(monkeypatch: py
     await until(lambda: len(bench.called) == 1)
     waiting = [asyncio.create_task(bench.ask(text_request())) for _ in range(2)]
     await until(lambda: bench.waiting == 2)
-    broken, fine = bench.dispatcher._pick, [False, True]
+    picker, fine = bench.dispatcher._picker, [False, True]
+    picked = picker._pick
 
     def pick(*arguments: Any) -> Pick:
         if not fine.pop(0):
             raise ZeroDivisionError("a bug")
-        return broken(*arguments)
+        return picked(*arguments)
 
-    monkeypatch.setattr(bench.dispatcher, "_pick", pick)
+    monkeypatch.setattr(picker, "_pick", pick)
     bench.pool.held = False
     bench.pool.open_calls[0].release()
     assert text_of(await first) == "ok"

@@ -1,0 +1,236 @@
+"""One attempt on one replica: its events, its outcome, what it says of the replica."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from blaze.clock import Clock
+from blaze.errors import BlazeError, DeadlineExceeded, EngineFailure, ErrorInfo, ReplicaUnreachable
+from blaze.routing.accounting import ModelAccount
+from blaze.routing.cost import OUTPUT_TOKEN, PROMPT_TOKEN, CostModel
+from blaze.routing.outcome import Outcome
+from blaze.routing.pool import ReplicaCall
+from blaze.routing.replica import Lease
+from blaze.routing.replicas import ReplicaTable
+from blaze.types import (
+    Event,
+    Events,
+    Failed,
+    Finished,
+    GenerateRequest,
+    Progress,
+    ReplicaId,
+    Request,
+    Started,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingState:
+    """What the answers of one model share."""
+
+    table: ReplicaTable
+    account: ModelAccount
+    costs: CostModel
+    clock: Clock
+    suspend_s: float
+    deadline_grace_s: float
+    running: Running
+
+
+class Running:
+    """The attempts that are under way, by replica."""
+
+    def __init__(self) -> None:
+        self._attempts: dict[ReplicaId, set[Attempt]] = defaultdict(set)
+
+    def add(self, attempt: Attempt) -> None:
+        self._attempts[attempt.replica_id].add(attempt)
+
+    def discard(self, attempt: Attempt) -> None:
+        attempts = self._attempts[attempt.replica_id]
+        attempts.discard(attempt)
+        if not attempts:
+            del self._attempts[attempt.replica_id]
+
+    def lose(self, replica_id: ReplicaId) -> None:
+        for attempt in tuple(self._attempts.get(replica_id, ())):
+            attempt.lose()
+
+
+class Attempt:
+    """Batches of events that end with exactly one terminal event."""
+
+    def __init__(
+        self, request: Request, call: ReplicaCall, lease: Lease, state: RoutingState, deadline: float
+    ) -> None:
+        self.replica_id = lease.replica.id
+        self.error: ErrorInfo | None = None  # when the answer is nothing but an error
+        self._request = request
+        self._call = call
+        self._lease = lease
+        self._state = state
+        self._first: Events = ()
+        self._ended = False  # as far as the replica is concerned
+        self._told = False  # the terminal event has been given out
+        self.died_at_work = False  # the replica went as the engine had taken the request up, and nothing came
+        # The engine keeps the deadline itself and says so; who says nothing for a while longer has failed.
+        # One timer for all of the answer: one per batch would be a good part of what a batch costs.
+        self._patience_ends = deadline + state.deadline_grace_s
+        self._reader: asyncio.Task[object] | None = None
+        self._broken: Events | None = None  # how it ends here, whatever the replica says
+        state.running.add(self)
+        self._timer = asyncio.get_running_loop().call_later(
+            max(0.0, self._patience_ends - state.clock.now()), self._give_up
+        )
+
+    async def begin(self) -> None:
+        """Wait for the first content. What comes before it (``Started``, ``Progress``) commits to nothing:
+        until content arrives, the request can begin anew on another replica."""
+        events: Events = ()
+        while True:
+            events += await self._next()
+            last = events[-1]
+            if isinstance(last, Failed) and not any(map(_is_content, events)):
+                self.error = last.error
+                died = last.error.replica_gone and last.error.is_failure
+                self.died_at_work = died and isinstance(events[0], Started)
+                self._first = (last,)
+                return
+            if any(map(_is_content, events)):
+                self._first = events
+                self._note_first_content(events)
+                return
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Events:
+        if self._first:
+            first, self._first = self._first, ()
+            return first
+        if self._told:
+            raise StopAsyncIteration
+        return await self._next()
+
+    async def _next(self) -> Events:
+        events = await self._receive()
+        last = events[-1]
+        if isinstance(last, Finished):
+            self._told = True
+            self._finished(last)
+        elif isinstance(last, Failed):
+            self._told = True
+            if last.error.replica_gone:
+                self._state.table.suspend(self.replica_id, self._state.suspend_s)
+            failed = last.error.is_failure or self._broken is _TOO_LATE
+            self._end(Outcome.FAILURE if failed else Outcome.NEUTRAL, last.error.retry_after_s)
+        return events
+
+    async def _receive(self) -> Events:
+        """The next batch; whatever goes wrong is a terminal event."""
+        if self._state.clock.now() >= self._patience_ends:
+            self._give_up()
+        if self._broken is not None:
+            return self._broken
+        reader = self._reader = asyncio.current_task()
+        assert reader is not None
+        before = reader.cancelling()
+        try:
+            return await anext(self._call)
+        except StopAsyncIteration:
+            return _failed(EngineFailure("The replica ended its answer without a result."))
+        except asyncio.CancelledError:
+            # As asyncio.timeout tells them apart: when others have cancelled it too, it stays cancelled.
+            end = self._end_here()
+            if end is None or reader.uncancel() > before:
+                raise
+            return end
+        except BlazeError as error:
+            return _failed(error)
+        finally:
+            self._reader = None
+
+    def lose(self) -> None:
+        """The replica does not answer any more: the attempt ends here, for a frozen one never says so."""
+        self._break(_SILENT)
+
+    def _give_up(self) -> None:
+        self._break(_TOO_LATE)
+
+    def _end_here(self) -> Events | None:
+        return self._broken  # which others set while the reader waits
+
+    def _break(self, end: Events) -> None:
+        if self._ended or self._broken is not None:
+            return
+        self._broken = end
+        self._call.cancel()
+        if self._reader is not None:
+            self._reader.cancel()
+        elif end is _TOO_LATE:  # nobody has asked for more: the replica is not to blame
+            self._end(Outcome.NEUTRAL)
+
+    # --- What the answer says of its replica ---------------------------------------------------------
+
+    def _note_first_content(self, events: Events) -> None:
+        state, request = self._state, self._request
+        after_s = state.clock.now() - self._lease.started_at
+        state.account.first_content(after_s)
+        # A picture comes whole: its time is known at the end, and is only then comparable.
+        self._lease.first_content(after_s if isinstance(request, GenerateRequest) else None)
+        first = events[0]
+        if isinstance(first, Started) and first.prompt_token_ids and isinstance(request, GenerateRequest):
+            count = len(first.prompt_token_ids)
+            self._lease.recost(state.costs.of_text(request, count, cached_tokens=0))
+
+    def _finished(self, event: Finished) -> None:
+        state, usage = self._state, event.usage
+        response_s: float | None = None
+        if isinstance(self._request, GenerateRequest):
+            uncached = max(0, usage.prompt_tokens - usage.cached_tokens)
+            self._lease.recost(PROMPT_TOKEN * uncached + OUTPUT_TOKEN * usage.completion_tokens)
+            state.costs.finished(usage.completion_tokens / self._request.sampling.n)
+        else:
+            # Of a request of typical cost, for pictures differ in steps and size.
+            took_s = state.clock.now() - self._lease.started_at
+            response_s = took_s * state.costs.typical / self._lease.cost
+        self._end(Outcome.SUCCESS, response_s)
+        state.account.finished(usage)
+
+    def _end(self, outcome: Outcome, response_s: float | None = None) -> None:
+        self._ended = True
+        self._timer.cancel()
+        self._state.running.discard(self)
+        if self._lease.release(outcome, response_s=response_s):
+            self._state.account.outcome(outcome)
+
+    async def aclose(self) -> None:
+        """Give everything back. An answer that was not read to its end counts as cancelled: neutral."""
+        if not self._ended:
+            self._end(Outcome.NEUTRAL)
+            self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def _is_content(event: Event) -> bool:
+    return not isinstance(event, Started | Progress | Failed)
+
+
+def _failed(error: BlazeError) -> Events:
+    return (Failed(error.info),)
+
+
+_TOO_LATE = _failed(DeadlineExceeded("The request's deadline passed before it was finished."))
+_SILENT = _failed(ReplicaUnreachable("The replica does not answer any more."))

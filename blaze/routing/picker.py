@@ -1,0 +1,159 @@
+"""Whose turn it is, and where the request goes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+from collections.abc import Callable
+
+from blaze.clock import Clock
+from blaze.errors import Overloaded
+from blaze.routing.admission import WaitingRoom
+from blaze.routing.affinity import SessionTable
+from blaze.routing.columns import Places
+from blaze.routing.least import LeastConnections
+from blaze.routing.prefix_credit import PrefixCredit
+from blaze.routing.rendezvous import IPHash
+from blaze.routing.replica import Lease
+from blaze.routing.replicas import ReplicaTable
+from blaze.routing.route import Route
+from blaze.routing.settings import DispatchSettings
+from blaze.routing.strategy import Ask, Pick, Strategy
+from blaze.types import GenerateRequest, ReplicaId, Request
+
+logger = logging.getLogger(__name__)
+
+_COMPLAINT_EVERY_S = 60.0
+
+
+class Picker:
+    """Leases places on the replicas of one model: at once, or in turn. Lives on one event loop."""
+
+    def __init__(
+        self,
+        model: str,
+        strategy: Strategy,
+        table: ReplicaTable,
+        *,
+        clock: Clock,
+        rng: random.Random,
+        settings: DispatchSettings,
+        typical_cost: Callable[[], float],
+        wake: Callable[[], None],
+    ) -> None:
+        """``wake`` is called while requests wait and there is no replica at all."""
+        self.model = model
+        self.strategy = strategy  # may be replaced at any time: a pick is one call
+        self.table = table
+        self.prefixes = PrefixCredit()
+        self._clock = clock
+        self._settings = settings
+        self._typical_cost = typical_cost
+        self._wake = wake
+        self._room = WaitingRoom(clock, max_queued=settings.max_queued)
+        table.on_capacity.append(self._room.pump)
+        self._sessions = SessionTable(clock, timeout_s=settings.sticky_session_timeout_s)
+        self._fallback = LeastConnections(rng)
+        self._complained_at = -math.inf
+        self._rechecking: asyncio.TimerHandle | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._room)
+
+    async def lease(self, route: Route) -> Lease:
+        """A place on a replica. Raises :class:`Overloaded` when there is none before the deadline."""
+
+        def attempt() -> Lease | None:
+            now = self._clock.now()
+            if self._settings.routers > 1:
+                self.table.columns.peers_age_s = now - self.table.peers_known_at
+            idle = self.strategy.binds_late
+            eligible = self.table.eligible(route.tried, idle=idle)
+            if not len(eligible) and not len(self.table.available(route.tried)):
+                eligible = self.table.eligible(route.unfit, idle=idle)  # nowhere else: where it has failed
+            if not len(eligible):
+                if route.unfit and not len(self.table.available(route.unfit)):
+                    raise Overloaded("The replicas that could go on with the answer are gone.")
+                if self.table.all_weights_are_zero:
+                    raise Overloaded("All replicas of the model have weight 0.", retry_after_s=1)
+                return None
+            credit = self.prefixes.of(route.chain, self.table.columns, now) if route.chain else None
+            pick = self._pick(route.request, eligible, Ask(now, route.cost, route.key, credit))
+            return self.table.lease(pick.replica_id, cost=route.cost, expires_at=route.deadline)
+
+        if not self._room:  # whoever waits already comes first
+            lease = attempt()
+            if lease is not None:
+                return lease
+        self._recheck_soon()
+        request = route.request
+        return await self._room.wait(
+            attempt,
+            max(0.0, route.deadline - self._clock.now()),
+            selective=bool(route.tried),
+            priority=request.priority if isinstance(request, GenerateRequest) else 0,
+            size=route.cost / self._typical_cost(),
+            retry_after_s=self._retry_after_s,
+        )
+
+    def _pick(self, request: Request, eligible: Places, ask: Ask) -> Pick:
+        if self.table.probes and not isinstance(self.strategy, IPHash):
+            # Whatever the strategy thinks of it: a breaker can only close by requests. Those of a key's own
+            # replica come by themselves.
+            return Pick(self.table.probes[0])
+        session = request.caller.session_id if self._settings.sticky_sessions else None
+        if session is None:
+            return self._choose(eligible, ask)
+        kept = self._sessions.replica_of(session)
+        if kept is not None and self._is_among(kept, eligible):
+            return Pick(kept)
+        pick = self._choose(eligible, ask)
+        self._sessions.keep(session, pick.replica_id)
+        return pick
+
+    def _choose(self, eligible: Places, ask: Ask) -> Pick:
+        """A strategy that fails loses no request: least connections takes its place."""
+        try:
+            pick = self.strategy.choose(self.table.columns, eligible, ask)
+            if pick is not None and self._is_among(pick.replica_id, eligible):
+                return pick
+            self._complain(f"picked {pick}", None)
+        except Exception as error:
+            self._complain(f"raised {type(error).__name__}", error)
+        pick = self._fallback.choose(self.table.columns, eligible, ask)
+        assert pick is not None, "somebody is eligible"
+        return pick
+
+    def _is_among(self, replica_id: ReplicaId, eligible: Places) -> bool:
+        place = self.table.columns.place.get(replica_id)
+        return place is not None and bool((eligible == place).any())
+
+    def _complain(self, what: str, error: Exception | None) -> None:
+        now = self._clock.now()
+        if now - self._complained_at >= _COMPLAINT_EVERY_S:
+            self._complained_at = now
+            logger.error("%s: strategy %s %s", self.model, self.strategy.name, what, exc_info=error)
+
+    def _retry_after_s(self) -> float:
+        """When somebody may take a request again, as far as can be told."""
+        if len(self.table.available()):
+            return self._room.expected_wait_s()
+        return self.table.back_in_s(self._settings.recheck_s)
+
+    def _recheck_soon(self) -> None:
+        """While requests wait: suspensions end by time alone, and an empty pool has to be woken."""
+        if self._rechecking is None:
+            self._rechecking = asyncio.get_running_loop().call_later(self._settings.recheck_s, self._recheck)
+        if not len(self.table.available()):
+            self._wake()
+
+    def _recheck(self) -> None:
+        self._rechecking = None
+        self._room.pump()
+        if self._room:
+            self.table.needed()
+        if self._room:
+            self._recheck_soon()

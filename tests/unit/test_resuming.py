@@ -1,0 +1,299 @@
+"""Answers that break in the middle go on on another replica, and their readers notice nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blaze.errors import (
+    BlazeError,
+    EngineFailure,
+    NonFiniteOutput,
+    OtherVariant,
+    ReplicaLost,
+    ReplicaStopping,
+    ReplicaUnreachable,
+)
+from blaze.routing.transcript import ImageTranscript, TextTranscript
+from blaze.types import (
+    ChoiceFinished,
+    Event,
+    Events,
+    Failed,
+    Finished,
+    GenerateRequest,
+    ImageReady,
+    PartialImage,
+    Progress,
+    ReplicaId,
+    Request,
+    Started,
+    TextDelta,
+    Usage,
+)
+from tests.fakes import FakeCall, FakePool, Script
+from tests.routing_bench import RoutingBench
+from tests.samples import image_request, text_of, text_request
+from tests.waiting import until
+
+PROMPT = (1, 2, 3)
+
+
+def whole(request: GenerateRequest, lengths: Sequence[int], *, variant: str = "v") -> list[Events]:
+    """What an engine says that is asked for choices of such lengths: a batch for each token."""
+    generated = request.generated or tuple(() for _ in lengths)
+    batches: list[Events] = [(Started(PROMPT, variant),)]
+    done = [ChoiceFinished(i, "stop") for i, n in enumerate(lengths) if len(generated[i]) == n]
+    if done:
+        batches.append(tuple(done))
+    for position in range(max(lengths)):
+        events: list[Event] = []
+        for index, length in enumerate(lengths):
+            if len(generated[index]) <= position < length:
+                events.append(TextDelta(index, f"{index}.{position} ", (100 * index + position,)))
+                if position == length - 1:
+                    events.append(ChoiceFinished(index, "stop"))
+        if events:
+            batches.append(tuple(events))
+    batches[-1] = (*batches[-1], Finished(Usage(len(PROMPT), sum(lengths))))
+    return batches
+
+
+@dataclass
+class BreakingPool(FakePool):
+    """Its replicas answer truly, and break where they are told to."""
+
+    lengths: Sequence[int] = (4,)
+    breaks: list[tuple[int, BlazeError]] = field(default_factory=list)  # after so many batches
+    variants: dict[ReplicaId, str] = field(default_factory=dict)
+
+    def call(self, replica_id: ReplicaId, request: Request) -> FakeCall:
+        assert isinstance(request, GenerateRequest)
+        variant = self.variants.get(replica_id, "v")
+        script: Script = [*whole(request, self.lengths, variant=variant)]
+        if request.variant not in ("", variant):
+            script = [OtherVariant("another one")]
+        elif self.breaks:
+            after, error = self.breaks.pop(0)
+            script = [*script[:after], error]
+        call = FakeCall(script, held=self.held)
+        self.calls.append((replica_id, request))
+        self.open_calls.append(call)
+        return call
+
+
+def flat(batches: Sequence[Events]) -> list[Event]:
+    return [event for batch in batches for event in batch]
+
+
+def asked(n: int = 1) -> GenerateRequest:
+    request = text_request(n=n, temperature=0.0)
+    assert isinstance(request, GenerateRequest)
+    return request
+
+
+LOST = st.sampled_from([ReplicaLost("died"), ReplicaUnreachable("away"), ReplicaStopping("drained")])
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(1, 7), LOST), max_size=6),
+)
+def test_wherever_it_breaks_the_reader_gets_the_unbroken_answer(
+    lengths: list[int], breaks: list[tuple[int, BlazeError]]
+) -> None:
+    async def ask() -> tuple[list[Event], RoutingBench]:
+        # Never before the first token twice in a row: that would be taken for poison.
+        pool = BreakingPool(tuple("abcd"), lengths=lengths, breaks=[(1 + after, e) for after, e in breaks])
+        bench = RoutingBench(pool)
+        return await bench.ask(asked(len(lengths))), bench
+
+    events, bench = asyncio.run(ask())
+    assert events == flat(whole(asked(len(lengths)), lengths))
+    assert sum(bench.in_flight.values()) == 0
+    assert bench.dispatcher.counters()[0].resumed <= len(breaks)
+
+
+async def test_what_the_next_replica_is_asked_for() -> None:
+    pool = BreakingPool(("a", "b"), lengths=(4, 2), breaks=[(3, ReplicaLost("died"))])
+    bench = RoutingBench(pool, strategy="least_connections")
+    await bench.ask(asked(2))
+    (first, request), (second, rest) = pool.calls
+    assert first != second
+    assert isinstance(rest, GenerateRequest) and isinstance(request, GenerateRequest)
+    assert rest == replace(
+        request, generated=((0, 1), (100, 101)), variant="v", timeout_s=rest.timeout_s
+    )
+    assert bench.dispatcher.counters()[0].resumed == 1
+
+
+async def test_an_engine_that_fails_in_the_middle_is_gone_on_from_within_the_retries() -> None:
+    pool = BreakingPool(("a", "b", "c"), breaks=[(2, EngineFailure("raised"))] * 3)
+    bench = RoutingBench(pool, max_retries=2)
+    events = await bench.ask(asked())
+    assert [e.error.message for e in events if isinstance(e, Failed)] == ["raised"]
+    assert len(bench.called) == 3
+    assert text_of(events) == "0.0 0.1 0.2 "
+
+
+async def test_what_another_replica_would_not_do_better_ends_the_answer() -> None:
+    bench = RoutingBench(BreakingPool(breaks=[(2, NonFiniteOutput("NaN"))]))
+    events = await bench.ask(asked())
+    assert isinstance(events[-1], Failed)
+    assert len(bench.called) == 1
+
+
+async def test_when_only_the_end_was_lost_nobody_is_asked() -> None:
+    pool = FakePool(("a",), next_scripts=[[*whole(asked(), (2,))[:-1]]])
+    script = pool.next_scripts[0]
+    script.append((TextDelta(0, "0.1 ", (1,)), ChoiceFinished(0, "stop")))
+    script.append(ReplicaLost("died"))
+    bench = RoutingBench(pool)
+    events = await bench.ask(asked())
+    assert events == flat(whole(asked(), (2,)))
+    assert len(bench.called) == 1
+
+
+async def test_max_lost_bounds_it() -> None:
+    pool = BreakingPool(tuple("abcdefgh"), lengths=(20,), breaks=[(2, ReplicaLost("died"))] * 20)
+    bench = RoutingBench(pool, max_lost=8)
+    events = await bench.ask(asked())
+    assert isinstance(events[-1], Failed)
+    assert len(bench.called) == 9
+
+
+async def test_it_goes_on_only_on_the_same_variant() -> None:
+    pool = BreakingPool(tuple("abc"), breaks=[(2, ReplicaLost("died"))], variants={"b": "new"})
+    bench = RoutingBench(pool)
+    bench.dispatcher.table.follow({"a": 1000.0, "b": 10.0, "c": 0.1}, [])
+    bench.dispatcher.strategy = RoutingBench(FakePool(), strategy="weighted_round_robin").dispatcher.strategy
+    events = await bench.ask(asked())
+    assert text_of(events) == "0.0 0.1 0.2 0.3 "
+    assert bench.called[0] == "a"
+    assert bench.called[-1] == "c"
+    assert bench.failures["b"] == 0, "it is not to blame"
+
+
+async def test_when_no_replica_of_its_variant_is_left_the_answer_ends() -> None:
+    pool = BreakingPool(("a", "b"), breaks=[(2, ReplicaLost("died"))], variants={"b": "new"})
+    bench = RoutingBench(pool)
+    stream = await bench.dispatcher.open(asked())
+    first = stream.replica_id
+    pool.variants = {id: "new" for id in "ab" if id != first}
+    pool.set_live(*(id for id in "ab" if id != first))
+    events = [event async for batch in stream for event in batch]
+    assert isinstance(events[-1], Failed)
+    assert events[-1].error.http_status == 503
+
+
+async def test_who_leaves_while_it_is_moved_leaves_nothing_behind() -> None:
+    pool = BreakingPool(("a", "b"), breaks=[(2, ReplicaLost("died"))])
+    bench = RoutingBench(pool, max_in_flight=1)
+    stream = await bench.dispatcher.open(asked())
+    others = ["a", "b"]
+    others.remove(stream.replica_id)
+    blocker = bench.dispatcher.table.lease(others[0])
+    await anext(stream)
+    reading = asyncio.create_task(anext(stream))
+    await until(lambda: bench.waiting == 1)
+    reading.cancel()
+    await asyncio.wait([reading])
+    await stream.aclose()
+    assert bench.waiting == 0
+    blocker.release
+    assert sum(bench.in_flight.values()) == 1
+
+
+# --- Poison ------------------------------------------------------------------------------------------
+
+
+async def test_a_request_that_two_replicas_died_of_is_refused() -> None:
+    pool = BreakingPool(tuple("abcd"), breaks=[(1, ReplicaLost("died"))] * 4)
+    bench = RoutingBench(pool)
+    (event,) = await bench.ask(asked())
+    assert isinstance(event, Failed)
+    assert (event.error.code, event.error.http_status, event.error.retryable) == ("poison_request", 500, False)
+    assert len(bench.called) == 2
+    assert sum(bench.failures.values()) == 2
+
+
+@pytest.mark.parametrize("error", [ReplicaStopping("drained"), EngineFailure("raised")])
+async def test_replicas_that_do_not_die_are_no_sign_of_poison(error: BlazeError) -> None:
+    pool = BreakingPool(tuple("abcd"), breaks=[(1, error)] * 2)
+    assert text_of(await RoutingBench(pool).ask(asked())) == "0.0 0.1 0.2 0.3 "
+
+
+async def test_replicas_that_die_before_they_began_are_no_sign_of_poison() -> None:
+    pool = BreakingPool(tuple("abcd"), breaks=[(0, ReplicaLost("died"))] * 3)
+    assert text_of(await RoutingBench(pool).ask(asked())) == "0.0 0.1 0.2 0.3 "
+
+
+# --- Replicas that say nothing -----------------------------------------------------------------------
+
+
+async def test_what_runs_on_a_suspect_replica_goes_on_elsewhere() -> None:
+    pool = BreakingPool(("a", "b", "c"))
+    bench = RoutingBench(pool)
+    stream = await bench.dispatcher.open(asked())
+    frozen = stream.replica_id
+    pool.open_calls[0].hold()
+    events = list(await anext(stream))
+    reading = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)
+    bench.dispatcher.set_suspects([frozen])
+    events += await reading
+    async for batch in stream:
+        events += batch
+    assert events == flat(whole(asked(), (4,)))
+    assert pool.open_calls[0].cancelled
+    assert bench.failures[frozen] == 1
+    assert sum(bench.in_flight.values()) == 0
+
+
+async def test_suspicion_of_all_moves_nothing() -> None:
+    pool = BreakingPool(("a",))
+    bench = RoutingBench(pool)
+    stream = await bench.dispatcher.open(asked())
+    bench.dispatcher.set_suspects(["a"])
+    assert text_of([event async for batch in stream for event in batch]) == "0.0 0.1 0.2 0.3 "
+    assert len(bench.called) == 1
+
+
+# --- Transcripts -------------------------------------------------------------------------------------
+
+
+def test_an_image_that_is_drawn_again_shows_nothing_twice() -> None:
+    request = image_request(n=2)
+    transcript = ImageTranscript(request)
+    image = [ImageReady(i, b"", "png", 8, 8, i) for i in range(2)]
+    assert transcript.take((Started(), Progress(1, 3), Progress(2, 3), image[0]))
+    assert transcript.rest() == request
+    again = (Started(), Progress(1, 3), Progress(2, 3), Progress(3, 3), *image)
+    assert transcript.take(again) == (Progress(3, 3), image[1])
+    assert transcript.rest() == Finished(Usage(images=2))
+
+
+def test_previews_come_once() -> None:
+    transcript = ImageTranscript(image_request())
+    preview = PartialImage(0, 0, b"", "png", 8, 8)
+    assert transcript.take((preview,)) == (preview,)
+    assert transcript.take((preview,)) == ()
+
+
+def test_an_echo_comes_once() -> None:
+    request = asked()
+    transcript = TextTranscript(request)
+    echo = TextDelta(0, "prompt", PROMPT, echo=True)
+    assert transcript.take((Started(PROMPT), echo, TextDelta(0, "a", (7,)))) == (
+        Started(PROMPT),
+        echo,
+        TextDelta(0, "a", (7,)),
+    )
+    assert transcript.rest() == replace(request, generated=((7,),))
+    assert transcript.take((Started(PROMPT), echo, TextDelta(0, "b", (8,)))) == (TextDelta(0, "b", (8,)),)
+    assert transcript.rest() == replace(request, generated=((7, 8),))
