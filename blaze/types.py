@@ -23,6 +23,7 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 ImageFormat: TypeAlias = Literal["png", "jpeg", "webp"]
 
 MAX_PRIORITY = 1000
+MAX_PARTIAL_IMAGES = 3
 
 
 class EngineKind(StrEnum):
@@ -109,9 +110,13 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """Text to image; names and meanings are diffusers'. None: the model's own default.
+    """An image of text, of an image, or of both; names and meanings are diffusers'. None: the model's own
+    default.
 
-    Image ``i`` of ``n`` is drawn with ``seed + i`` (mod 2**63).
+    Image ``i`` of ``n`` is drawn with ``seed + i`` (mod 2**63). ``image``: encoded, to begin with; ``mask``:
+    encoded too, and edits only what it marks: where its alpha is 0, or where it is white if it has no alpha.
+    ``adapters``: LoRA adapters of the config by name, each with its scale. ``partial_images``: so many
+    previews on the way.
     """
 
     request_id: str
@@ -125,12 +130,23 @@ class ImageRequest:
     guidance_scale: float | None = None
     seed: int | None = None
     output_format: ImageFormat = "png"
+    output_compression: int | None = None  # quality of jpeg and webp, 0 to 100
+    image: bytes | None = None
+    mask: bytes | None = None
+    strength: float | None = None  # how much of ``image`` is drawn anew: 0 to 1
+    scheduler: str | None = None
+    eta: float | None = None
+    clip_skip: int | None = None
+    adapters: tuple[tuple[str, float], ...] = ()
+    partial_images: int = 0
+    progress: bool = False  # the reader wants to hear of steps as they are done
     timeout_s: float | None = None
     caller: Caller = Caller()
 
     def __post_init__(self) -> None:
         """Raises :class:`InvalidRequest`: calls over a handle pass through no other validation."""
         check(is_count(self.n), "n", "must be an integer, at least 1")
+        self._check_extras()
         for name in ("width", "height", "num_inference_steps"):
             value = getattr(self, name)
             check(value is None or is_count(value), name, "must be an integer, at least 1")
@@ -141,6 +157,30 @@ class ImageRequest:
             "must be 0 to 1000",
         )
         check_seed(self.seed)
+
+    def _check_extras(self) -> None:
+        for name in ("strength", "eta"):
+            value = getattr(self, name)
+            check(value is None or (is_number(value) and 0 <= value <= 1), name, "must be 0 to 1")
+        check(
+            self.clip_skip is None or is_count(self.clip_skip), "clip_skip", "must be an integer, at least 1"
+        )
+        quality = self.output_compression
+        check(
+            quality is None or (type(quality) is int and 0 <= quality <= 100),
+            "output_compression",
+            "must be an integer, 0 to 100",
+        )
+        check(
+            type(self.partial_images) is int and 0 <= self.partial_images <= MAX_PARTIAL_IMAGES,
+            "partial_images",
+            f"must be an integer, 0 to {MAX_PARTIAL_IMAGES}",
+        )
+        check(self.mask is None or self.image is not None, "mask", "needs an image to edit")
+        check(self.strength is None or self.image is not None, "strength", "needs an image to begin with")
+        for name, scale in self.adapters:
+            good = isinstance(name, str) and is_number(scale) and abs(scale) <= 10
+            check(good, "adapters", "must be names with scales between -10 and 10")
 
 
 Request: TypeAlias = GenerateRequest | ImageRequest
@@ -227,6 +267,19 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class PartialImage:
+    """A preview of image ``index``, the ``number``-th (from 0) of those asked for: encoded as the image will
+    be. Commits to nothing: a request that begins anew sends its previews anew."""
+
+    index: int
+    number: int
+    data: bytes
+    format: ImageFormat
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
 class Finished:
     usage: Usage
 
@@ -237,5 +290,7 @@ class Failed:
 
 
 TerminalEvent: TypeAlias = Finished | Failed
-Event: TypeAlias = Started | TextDelta | ChoiceFinished | ImageReady | Progress | Finished | Failed
+Event: TypeAlias = (
+    Started | TextDelta | ChoiceFinished | ImageReady | Progress | PartialImage | Finished | Failed
+)
 Events: TypeAlias = tuple[Event, ...]  # several to a message when the reader is slower than the engine
