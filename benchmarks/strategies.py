@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", choices=("simulation", "serve"))
     parser.add_argument(
-        "--rounds", type=int, default=3, help="of the simulation, each with a seed of its own"
+        "--rounds", type=int, default=6, help="of the simulation, each with a seed of its own"
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="of load, for each turn on Serve")
     parser.add_argument(

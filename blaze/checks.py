@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from blaze.errors import InvalidRequest
 
+MOST_SECONDS = 10_000_000  # four months
 SEED_BOUND = 2**63  # seeds are int64: -SEED_BOUND <= seed < SEED_BOUND
 
 
@@ -13,9 +14,19 @@ def check(holds: bool, field_name: str, rule: str) -> None:
         raise InvalidRequest(f"{field_name}: {rule}.", param=field_name)
 
 
+def check_integer(value: int | None, field_name: str, least: int, most: int) -> None:
+    holds = value is None or (type(value) is int and least <= value <= most)
+    check(holds, field_name, f"must be an integer, {least} to {most}")
+
+
 def check_seed(seed: int | None) -> None:
     fits = seed is None or (type(seed) is int and -SEED_BOUND <= seed < SEED_BOUND)
     check(fits, "seed", "must be a 64-bit signed integer")
+
+
+def check_timeout(timeout_s: float | None) -> None:
+    good = timeout_s is None or (is_number(timeout_s) and 0 <= timeout_s <= MOST_SECONDS)
+    check(good, "timeout_s", f"must be a number of seconds, 0 to {MOST_SECONDS:,}")
 
 
 def is_count(value: int) -> bool:

@@ -19,6 +19,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from blaze.config_errors import describe
+from blaze.control import MOST_WEIGHT
 from blaze.engine_config import (
     DiffusionConfig,
     LLMConfig,
@@ -132,7 +133,7 @@ class ModelConfig(Settings):
     replicas: PositiveInt | None = None
     autoscaling: AutoscalingConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
-    weight: NonNegativeFloat = 1.0
+    weight: Annotated[float, Field(ge=0, le=MOST_WEIGHT, allow_inf_nan=False)] = 1.0
     max_in_flight: PositiveInt | None = None  # per replica; None: twice what the engine runs at once
     llm: LLMConfig | None = None
     diffusion: DiffusionConfig | None = None

@@ -6,12 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
-from blaze.errors import BlazeError, ReplicaLost, ReplicaStopping
+from blaze.errors import ReplicaLost, ReplicaStopping
 from blaze.local_replica import EngineMaker, LocalReplica, Surroundings
 from blaze.reports import ReplicaState
 from blaze.routing.dispatcher import Dispatcher
 from blaze.routing.replica import ReplicaInfo
-from blaze.routing.routed_stream import RoutedStream
 from blaze.types import EngineKind, Events, ReplicaId, Request
 
 
@@ -29,8 +28,6 @@ class LocalModel:
         self._open = 0  # requests, from their arrival to the end of their answers
         self._idle = asyncio.Event()
         self._idle.set()
-        self._opening: set[asyncio.Timeout] = set()
-        self._end: BlazeError | None = None  # of whoever waits for a replica now
 
     # --- Replicas ------------------------------------------------------------------------------------
 
@@ -51,7 +48,7 @@ class LocalModel:
         """Check all engines at once; when none is left that could come back, nobody waits any longer."""
         await asyncio.gather(*(replica.watch() for replica in tuple(self.replicas.values())))
         if self._is_lost:
-            self._end_waiting(_all_lost())
+            self.dispatcher.refuse(_all_lost(), for_good=False)
 
     async def remove(self, replica: LocalReplica, *, drain: bool = True) -> None:
         """``drain``: let what runs on it come to an end first."""
@@ -70,7 +67,7 @@ class LocalModel:
         except TimeoutError:
             pass
         finally:
-            self._end_waiting(ReplicaStopping("The model was unregistered."))
+            self.dispatcher.refuse(ReplicaStopping("The model was unregistered."), for_good=True)
             replicas = tuple(self.replicas.values())
             await asyncio.gather(*(self.remove(replica, drain=False) for replica in replicas))
 
@@ -103,28 +100,8 @@ class LocalModel:
         with self._counted():
             if self._is_lost:
                 raise _all_lost()
-            async with await self._opened(request) as stream:
+            async with await self.dispatcher.open(request) as stream:
                 yield stream
-
-    async def _opened(self, request: Request) -> RoutedStream:
-        waiting = asyncio.timeout(None)
-        self._opening.add(waiting)
-        try:
-            async with waiting:
-                return await self.dispatcher.open(request)
-        except TimeoutError:
-            if self._end is None or not waiting.expired():
-                raise
-            raise self._end from None
-        finally:
-            self._opening.discard(waiting)
-
-    def _end_waiting(self, error: BlazeError) -> None:
-        """The dispatcher would hold them until their deadlines: a replica might yet come."""
-        self._end = error
-        waiting, self._opening = self._opening, set()
-        for timeout in waiting:
-            timeout.reschedule(asyncio.get_running_loop().time())
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

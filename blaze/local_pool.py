@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from blaze.engines.base import Engine
 from blaze.errors import BlazeError, Cancelled, EngineFailure, ReplicaLost
@@ -82,7 +82,6 @@ class LocalCall:
 class _Member:
     info: ReplicaInfo
     engine: Engine
-    hidden: bool = False
     calls: set[LocalCall] = field(default_factory=set)
 
 
@@ -96,7 +95,7 @@ class LocalPool:
     # --- The pool protocol ---------------------------------------------------------------------------
 
     def live(self) -> tuple[ReplicaInfo, ...]:
-        return tuple(member.info for member in self._members.values() if not member.hidden)
+        return tuple(member.info for member in self._members.values())
 
     def subscribe(self, listener: Callable[[tuple[ReplicaInfo, ...]], None]) -> None:
         self._listeners.append(listener)
@@ -124,10 +123,10 @@ class LocalPool:
 
     def hide(self, replica_id: ReplicaId) -> None:
         """No new calls for it; those that run go on."""
-        self._set_hidden(replica_id, True)
+        self._set_ready(replica_id, False)
 
     def show(self, replica_id: ReplicaId) -> None:
-        self._set_hidden(replica_id, False)
+        self._set_ready(replica_id, True)
 
     async def drained(self, replica_id: ReplicaId, timeout_s: float) -> None:
         """Until all its calls have ended, or the time has passed."""
@@ -145,10 +144,10 @@ class LocalPool:
         for call in tuple(member.calls):
             call.end(error)
 
-    def _set_hidden(self, replica_id: ReplicaId, hidden: bool) -> None:
+    def _set_ready(self, replica_id: ReplicaId, ready: bool) -> None:
         member = self._members.get(replica_id)
-        if member is not None and member.hidden != hidden:
-            member.hidden = hidden
+        if member is not None and member.info.ready != ready:
+            member.info = replace(member.info, ready=ready)
             self._publish()
 
     def _publish(self) -> None:

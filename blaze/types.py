@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, TypeAlias
 
-from blaze.checks import check, check_seed, is_count, is_number
+from blaze.checks import check, check_integer, check_seed, check_timeout, is_count, is_number
 from blaze.errors import ErrorInfo
 from blaze.sampling_params import SamplingParams
 
@@ -23,6 +23,7 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 ImageFormat: TypeAlias = Literal["png", "jpeg", "webp"]
 
 MAX_PRIORITY = 1000
+MAX_CALLER_TEXT = 1024
 MAX_PARTIAL_IMAGES = 3
 
 
@@ -47,7 +48,8 @@ class Caller:
         """Raises :class:`InvalidRequest`: calls over a handle pass through no other validation."""
         for name in ("session_id", "user", "address"):
             value = getattr(self, name)
-            check(value is None or isinstance(value, str), name, "must be text")
+            good = value is None or (isinstance(value, str) and len(value) <= MAX_CALLER_TEXT)
+            check(good, name, f"must be text, at most {MAX_CALLER_TEXT} characters")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class GenerateRequest:
             f"must be an integer, at most {MAX_PRIORITY} either way",
         )
         check(len(self.generated) in (0, self.sampling.n), "generated", "must have one entry per choice")
+        check_timeout(self.timeout_s)
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ class ImageRequest:
     def __post_init__(self) -> None:
         """Raises :class:`InvalidRequest`: calls over a handle pass through no other validation."""
         check(is_count(self.n), "n", "must be an integer, at least 1")
+        check_timeout(self.timeout_s)
         self._check_extras()
         for name in ("width", "height", "num_inference_steps"):
             value = getattr(self, name)
@@ -162,20 +166,10 @@ class ImageRequest:
         for name in ("strength", "eta"):
             value = getattr(self, name)
             check(value is None or (is_number(value) and 0 <= value <= 1), name, "must be 0 to 1")
-        check(
-            self.clip_skip is None or is_count(self.clip_skip), "clip_skip", "must be an integer, at least 1"
-        )
-        quality = self.output_compression
-        check(
-            quality is None or (type(quality) is int and 0 <= quality <= 100),
-            "output_compression",
-            "must be an integer, 0 to 100",
-        )
-        check(
-            type(self.partial_images) is int and 0 <= self.partial_images <= MAX_PARTIAL_IMAGES,
-            "partial_images",
-            f"must be an integer, 0 to {MAX_PARTIAL_IMAGES}",
-        )
+        check_integer(self.clip_skip, "clip_skip", 1, 1000)
+        check_integer(self.output_compression, "output_compression", 0, 100)
+        check(self.partial_images is not None, "partial_images", "must be an integer")
+        check_integer(self.partial_images, "partial_images", 0, MAX_PARTIAL_IMAGES)
         check(self.mask is None or self.image is not None, "mask", "needs an image to edit")
         check(self.strength is None or self.image is not None, "strength", "needs an image to begin with")
         for name, scale in self.adapters:

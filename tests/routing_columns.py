@@ -23,6 +23,7 @@ ASK = Ask(now=0.0)
 def columns(ids: Iterable[ReplicaId], **numbers: float | Sequence[float]) -> Columns:
     """``numbers``: for each replica in the order of ids, or one for all of them."""
     made = Columns(ids)
+    made.judged_at[:] = 0.0  # what is said of speed and success is fresh
     for name, values in numbers.items():
         getattr(made, name)[:] = values
     return made

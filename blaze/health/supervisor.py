@@ -19,6 +19,7 @@ from blaze.reports import (
 )
 from blaze.types import ReplicaId
 
+GOOD_HEARTBEATS = 2  # in a row, and who was silent is well again
 SETTINGS_KEPT_S = 600.0  # of a replica that nobody sees: it may only be cut off, and come back
 
 
@@ -68,11 +69,23 @@ class Supervisor:
         self._clock = clock
         self._heartbeats: dict[ReplicaId, tuple[float, Heartbeat]] = {}
         self._reports: dict[str, tuple[float, RouterReport]] = {}
+        self._good_again: dict[ReplicaId, int] = {}  # heartbeats in a row of those that were silent
         self._control = Control()
         self._unseen_since: dict[ReplicaId, float] = {}  # replicas that operators have settings for
 
     def heartbeat(self, heartbeat: Heartbeat) -> None:
-        self._heartbeats[heartbeat.replica_id] = (self._clock.now(), heartbeat)
+        replica_id, now = heartbeat.replica_id, self._clock.now()
+        before = self._heartbeats.get(replica_id)
+        self._heartbeats[replica_id] = (now, heartbeat)
+        if before is not None and self._is_silent(now - before[0]):
+            self._good_again[replica_id] = 1
+        elif replica_id in self._good_again:
+            self._good_again[replica_id] += 1
+            if self._good_again[replica_id] >= GOOD_HEARTBEATS:
+                del self._good_again[replica_id]
+
+    def _is_silent(self, seconds: float) -> bool:
+        return seconds > self._settings.missed_probes * self._settings.probe_period_s
 
     def report(self, report: RouterReport) -> News:
         """Take a Router's account, and tell it what it should know."""
@@ -121,6 +134,7 @@ class Supervisor:
     def goodbye(self, replica_id: ReplicaId) -> None:
         """The replica is stopping in good order."""
         self._heartbeats.pop(replica_id, None)
+        self._good_again.pop(replica_id, None)
 
     def view(self) -> ClusterView:
         now = self._clock.now()
@@ -136,7 +150,7 @@ class Supervisor:
 
     def _health(self, at: float, heartbeat: Heartbeat, now: float) -> ReplicaHealth:
         silent_for_s = now - at
-        if silent_for_s > self._settings.missed_probes * self._settings.probe_period_s:
+        if self._is_silent(silent_for_s) or heartbeat.replica_id in self._good_again:
             state = ReplicaState.SUSPECT
         elif heartbeat.engine.state == "loading":
             state = ReplicaState.STARTING
@@ -148,18 +162,22 @@ class Supervisor:
 
     def _forget_the_gone(self, now: float) -> None:
         limit = self._settings.stall_after_s
+        routed_to = self._routed_to()
         for replica_id in [key for key, (at, _) in self._heartbeats.items() if now - at > limit]:
-            del self._heartbeats[replica_id]
+            if replica_id not in routed_to:  # who is silent is suspect for as long as Routers may pick it
+                del self._heartbeats[replica_id]
+                self._good_again.pop(replica_id, None)
         for router_id in [key for key, (at, _) in self._reports.items() if now - at > limit]:
             del self._reports[router_id]
         self._forget_settings(now)
 
+    def _routed_to(self) -> set[ReplicaId]:
+        return {replica.replica_id for _, report in self._reports.values() for replica in report.replicas}
+
     def _forget_settings(self, now: float) -> None:
         """Of replicas that have neither sent a heartbeat nor been in a Router's live set for long. The time
         begins when that is first noticed: this actor may have been away, too."""
-        seen = self._heartbeats.keys() | {
-            replica.replica_id for _, report in self._reports.values() for replica in report.replicas
-        }
+        seen = self._heartbeats.keys() | self._routed_to()
         self._unseen_since = {
             replica_id: self._unseen_since.get(replica_id, now)
             for replica_id in self._control.replica_ids - seen

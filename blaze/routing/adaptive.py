@@ -14,6 +14,8 @@ from blaze.routing.strategy import Ask, Pick, least
 HOT_QUANTILE = 0.84
 HOT_FLOOR = 0.8  # of the capacity: in a small pool the quantile alone marks nothing, or anything
 STALE_AFTER_S = 1.0
+FORGOTTEN_AFTER_S = 60.0  # time constant: who was slow or failed once is tried again some time
+_AS_GOOD_AS = 0.05  # scores that are so near to the least are taken for equal
 _LEAST_SUCCESS = 0.01  # a replica that fails every time is still nearer than infinitely far
 
 
@@ -45,10 +47,12 @@ class Adaptive:
             return least(columns, eligible, self._outstanding(columns, eligible, ask), self._rng)
         load = columns.cost[eligible] / columns.cost_cap
         eligible = eligible[load <= max(_nearest_rank(load, HOT_QUANTILE), HOT_FLOOR)]
-        success = np.maximum(columns.success[eligible], _LEAST_SUCCESS)
-        speed = self._drain_of(columns, eligible, ask.now) * success * success
+        keep = np.exp((columns.judged_at[eligible] - ask.now) / FORGOTTEN_AFTER_S)
+        success = np.maximum(1.0 - (1.0 - columns.success[eligible]) * keep, _LEAST_SUCCESS)
+        speed = self._drain_of(columns, eligible, keep, ask.now) * success * success
         speed /= columns.in_flight[eligible] + 1
-        return least(columns, eligible, self._outstanding(columns, eligible, ask) / speed, self._rng)
+        scores = self._outstanding(columns, eligible, ask) / speed
+        return least(columns, eligible, scores, self._rng, tolerance=_AS_GOOD_AS)
 
     def _outstanding(self, columns: Columns, eligible: Places, ask: Ask) -> Floats:
         """With this request, for each of weight."""
@@ -60,11 +64,12 @@ class Adaptive:
         )
         return weighted
 
-    def _drain_of(self, columns: Columns, eligible: Places, now: float) -> Floats:
-        """Who has served nothing yet is taken to be as fast as the median."""
+    def _drain_of(self, columns: Columns, eligible: Places, keep: Floats, now: float) -> Floats:
+        """Who has served nothing yet, or nothing for long, is taken to be as fast as the median."""
         median = self._drain.of(columns, columns.drain, now)
+        known = 1.0 if median is None else median
         drain = columns.drain[eligible]
-        return np.where(np.isnan(drain), 1.0 if median is None else median, drain)
+        return np.where(np.isnan(drain), known, known + (drain - known) * keep)
 
 
 def _nearest_rank(numbers: Floats, quantile: float) -> float:

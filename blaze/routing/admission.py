@@ -11,7 +11,7 @@ from math import ceil
 from typing import TypeAlias
 
 from blaze.clock import Clock
-from blaze.errors import Overloaded
+from blaze.errors import BlazeError, Overloaded
 from blaze.routing.outcome import Outcome
 from blaze.routing.replica import Lease
 
@@ -56,12 +56,14 @@ class WaitingRoom:
         timeout_s: float,
         *,
         selective: bool = False,
+        came_at: float | None = None,
         priority: int = 0,
         size: float = 0.0,
         retry_after_s: Callable[[], float] | None = None,
     ) -> Lease:
         """The first lease that ``attempt`` gets once it is this caller's turn. Lower priorities come first.
 
+        ``came_at``: when it came first, where that is not now: a second attempt keeps its place in the line.
         ``size``: in those of a usual request. Small ones overtake large ones that came up to 4 s before them:
         a mild form of shortest job first, which shortens the wait of nearly all and starves nobody.
         ``selective``: it refuses some replicas that others would take, so others may pass it by.
@@ -75,7 +77,8 @@ class WaitingRoom:
                 "All replicas are busy and the waiting queue is full.", retry_after_s=_whole(hint())
             )
         yields_s = _LARGE_YIELDS_S * min(1.0, size / _LARGE)
-        rank = (self._clock.now() + priority * _AGING_S + yields_s, next(self._serial))
+        came_at = self._clock.now() if came_at is None else came_at
+        rank = (came_at + priority * _AGING_S + yields_s, next(self._serial))
         ticket = _Ticket(rank, attempt, selective, asyncio.get_running_loop().create_future())
         insort(self._waiting, ticket, key=_by_rank)
         self.pump()
@@ -110,6 +113,13 @@ class WaitingRoom:
                 place += 1
             else:
                 return  # what it does not get, nobody behind it gets
+
+    def fail(self, error: BlazeError) -> None:
+        """Nobody who waits now will get a place."""
+        waiting, self._waiting = self._waiting, []
+        for ticket in waiting:
+            if not ticket.granted.done():
+                ticket.granted.set_exception(error)
 
     def expected_wait_s(self) -> float:
         """Until whoever came now would get a place, at the pace of the last ones."""

@@ -59,6 +59,7 @@ class Breaker:
     suspended: str | None = None  # the reason of a trip that is not carried out, for too many are out
     probe: Permit | None = None  # that is out
     probe_until: float | None = None  # its lease ends here
+    failed_probes: int = 0  # since anything succeeded: of a dead replica all do, of a flaky one few in a row
     probe_successes: int = 0  # or those in a row while a trip waits
 
 
@@ -113,7 +114,7 @@ class BreakerBoard:
 
     def needed(self) -> None:
         """Requests wait for which nobody else has room: try those that are open, each after the time of a
-        first trip."""
+        first trip, and twice as long after each further probe in a row that failed."""
         now = self.clock.now()
         for replica_id, breaker in self._breakers.items():
             if breaker.state is BreakerState.OPEN and not breaker.forced and now >= breaker.needed_until:
@@ -187,6 +188,7 @@ class BreakerBoard:
 
     def _succeeded(self, permit: Permit, breaker: Breaker, now: float) -> None:
         replica_id = permit.replica_id
+        breaker.failed_probes = 0
         if breaker.state is BreakerState.HALF_OPEN:
             breaker.probe_successes += permit.probe  # others were sent in spite of it
             if breaker.probe_successes >= self.settings.success_threshold:
@@ -204,6 +206,7 @@ class BreakerBoard:
 
     def _failed(self, replica_id: ReplicaId, breaker: Breaker, now: float) -> None:
         if breaker.state is BreakerState.HALF_OPEN:
+            breaker.failed_probes += 1
             self._trip(replica_id, breaker, "a probe failed")
             return
         if breaker.state is BreakerState.OPEN:  # sent in spite of it, and rightly refused: not for less time
@@ -269,7 +272,8 @@ class BreakerBoard:
 
     def _not_before(self, breaker: Breaker, now: float) -> None:
         """Even if it is needed."""
-        breaker.needed_until = min(breaker.open_until, now + open_for_s(1, self.settings, self.rng))
+        open_s = open_for_s(max(1, breaker.failed_probes), self.settings, self.rng)
+        breaker.needed_until = min(breaker.open_until, now + open_s)
 
     def _open_time(self, breaker: Breaker) -> float:
         return open_for_s(max(1, breaker.trips), self.settings, self.rng)

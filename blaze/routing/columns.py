@@ -27,6 +27,7 @@ _FLOATS: dict[str, float] = {  # and what they are for a replica that has just c
     "cost": 0.0,
     "drain": np.nan,
     "success": 1.0,
+    "judged_at": -np.inf,
     "response": np.nan,
     "measured_at": -np.inf,
     "waiting_since": np.inf,
@@ -39,8 +40,9 @@ class Columns:
     ``weight``: the operator's. ``ramp``: 0.1 to 1, while a replica starts slowly. ``in_flight`` and ``cost``:
     of all Routers, as far as this one knows; ``in_flight_here``: of this one alone. ``drain``: EWMA of the
     cost served per busy second; NaN before anything was served. ``success``: EWMA of 1 for a success and 0
-    for a failure. ``response``: peak EWMA of response times in seconds at ``measured_at``; NaN: never
-    measured. ``waiting_since``: when the oldest request was sent that has no content yet; inf: there is none.
+    for a failure, the last one at ``judged_at``. ``response``: peak EWMA of response times in seconds at
+    ``measured_at``; NaN: never measured. ``waiting_since``: when the oldest request was sent that has no
+    content yet; inf: there is none.
 
     ``cost_cap``: what a replica is taken to carry when it is full. ``peers_age_s``: how old the knowledge of
     other Routers' requests is; 0 where there are none.
@@ -53,6 +55,7 @@ class Columns:
     cost: Floats
     drain: Floats
     success: Floats
+    judged_at: Floats
     response: Floats
     measured_at: Floats
     waiting_since: Floats

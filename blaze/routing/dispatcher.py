@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Collection
 
 from blaze.clock import Clock
-from blaze.errors import ErrorInfo, OtherVariant, Overloaded, PoisonRequest
+from blaze.errors import BlazeError, ErrorInfo, OtherVariant, PoisonRequest
 from blaze.prompt_chain import PromptChain, prompt_chain
 from blaze.reports import BreakerEvent, ModelCounters, ReplicaCounters
 from blaze.routing.accounting import ModelAccount
@@ -108,17 +108,20 @@ class Dispatcher:
         The caller owns the stream and must close it (it is an async context manager).
         """
         timeout_s = self._settings.request_timeout_s if request.timeout_s is None else request.timeout_s
-        deadline = self._clock.now() + timeout_s
+        now = self._clock.now()
+        deadline = now + timeout_s
         request = with_seed(request, self._rng)
-        route = Route(request, self._costs.of(request), affinity_key(request), self._chain(request), deadline)
+        route = Route(
+            request, self._costs.of(request), affinity_key(request), self._chain(request), deadline, now
+        )
         attempt = await self._send(route)
 
         async def resume(rest: Request, error: ErrorInfo) -> Attempt | ErrorInfo:
             route.request, route.cost = rest, self._costs.of(rest)
             try:
                 resumed = await self._send(route, error)
-            except Overloaded as overloaded:
-                return overloaded.info
+            except BlazeError as refused:
+                return refused.info
             self._account.resumed += isinstance(resumed, Attempt)
             return resumed
 
@@ -149,10 +152,11 @@ class Dispatcher:
 
     def _pause_before_another(self, route: Route, error: ErrorInfo) -> float | None:
         """Seconds until the next attempt; None: that was the last one."""
-        if not error.retryable or route.is_poison:
+        if not error.retryable or route.is_poison or self._picker.is_over:
             return None
-        # A replica that goes away is not the request's fault: it does not use up its retries.
-        exempt = error.replica_gone or error.code == OtherVariant.code
+        # A replica that goes away is not the request's fault, nor is one that was only tried with it: neither
+        # uses up its retries.
+        exempt = error.replica_gone or route.was_probe or error.code == OtherVariant.code
         route.lost += exempt
         route.retries += not exempt
         pause = 0.0 if exempt else self._settings.retry_pause * pause_s(route.retries, self._rng)
@@ -167,7 +171,9 @@ class Dispatcher:
         return pause
 
     async def _attempt(self, route: Route) -> Attempt:
-        attempt = self._start(route.request, await self._picker.lease(route), route.deadline)
+        lease = await self._picker.lease(route)
+        route.was_probe = lease.is_probe
+        attempt = self._start(route.request, lease, route.deadline)
         route.tried_last = attempt.replica_id
         try:
             await attempt.begin()
@@ -177,6 +183,10 @@ class Dispatcher:
         if route.chain:
             self.prefixes.sent(route.chain, attempt.replica_id, self._clock.now())
         return attempt
+
+    def refuse(self, error: BlazeError, *, for_good: bool) -> None:
+        """Nobody is there for whoever waits; ``for_good``: nothing is begun or gone on with any more."""
+        self._picker.refuse(error, for_good=for_good)
 
     def set_suspects(self, suspects: Collection[ReplicaId]) -> None:
         """Replicas that do not answer the health actor: nobody is sent there, and what runs there goes on

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 
 from blaze.clock import Clock
-from blaze.errors import Overloaded
+from blaze.errors import BlazeError, Overloaded
 from blaze.routing.admission import WaitingRoom
 from blaze.routing.affinity import SessionTable
 from blaze.routing.columns import Places
@@ -58,6 +58,16 @@ class Picker:
         self._fallback = LeastConnections(rng)
         self._complained_at = -math.inf
         self._rechecking: asyncio.TimerHandle | None = None
+        self._over: BlazeError | None = None
+
+    def refuse(self, error: BlazeError, *, for_good: bool) -> None:
+        """Whoever waits gets the error; ``for_good``: whoever comes, too."""
+        self._over = error if for_good else None
+        self._room.fail(error)
+
+    @property
+    def is_over(self) -> bool:
+        return self._over is not None
 
     @property
     def num_waiting(self) -> int:
@@ -65,54 +75,79 @@ class Picker:
 
     async def lease(self, route: Route) -> Lease:
         """A place on a replica. Raises :class:`Overloaded` when there is none before the deadline."""
-
-        def attempt() -> Lease | None:
-            now = self._clock.now()
-            if self._settings.routers > 1:
-                self.table.columns.peers_age_s = now - self.table.peers_known_at
-            idle = self.strategy.binds_late
-            eligible = self.table.eligible(route.tried, idle=idle)
-            if not len(eligible) and not len(self.table.available(route.tried)):
-                eligible = self.table.eligible(route.unfit, idle=idle)  # nowhere else: where it has failed
-            if not len(eligible):
-                if route.unfit and not len(self.table.available(route.unfit)):
-                    raise Overloaded("The replicas that could go on with the answer are gone.")
-                if self.table.all_weights_are_zero:
-                    raise Overloaded("All replicas of the model have weight 0.", retry_after_s=1)
-                return None
-            credit = self.prefixes.of(route.chain, self.table.columns, now) if route.chain else None
-            pick = self._pick(route.request, eligible, Ask(now, route.cost, route.key, credit))
-            return self.table.lease(pick.replica_id, cost=route.cost, expires_at=route.deadline)
-
         if not self._room:  # whoever waits already comes first
-            lease = attempt()
+            lease = self._try(route)
             if lease is not None:
                 return lease
         self._recheck_soon()
         request = route.request
         return await self._room.wait(
-            attempt,
+            lambda: self._try(route),
             max(0.0, route.deadline - self._clock.now()),
             selective=bool(route.tried),
+            came_at=route.came_at,
             priority=request.priority if isinstance(request, GenerateRequest) else 0,
             size=route.cost / self._typical_cost(),
             retry_after_s=self._retry_after_s,
         )
 
+    def _try(self, route: Route) -> Lease | None:
+        """None: not now."""
+        if self._over is not None:
+            raise self._over
+        now = self._clock.now()
+        if self._settings.routers > 1:
+            self.table.columns.peers_age_s = now - self.table.peers_known_at
+        replica_id = self._kept(route)
+        if replica_id is None:
+            eligible = self._eligible(route)
+            if not len(eligible):
+                return None
+            credit = self.prefixes.of(route.chain, self.table.columns, now) if route.chain else None
+            replica_id = self._pick(
+                route.request, eligible, Ask(now, route.cost, route.key, credit)
+            ).replica_id
+        return self.table.lease(replica_id, cost=route.cost, expires_at=route.deadline)
+
+    def _eligible(self, route: Route) -> Places:
+        idle = self.strategy.binds_late
+        eligible = self.table.eligible(route.tried, idle=idle)
+        if not len(eligible) and not len(self.table.available(route.tried)):
+            eligible = self.table.eligible(route.unfit, idle=idle)  # nowhere else: where it has failed
+        if not len(eligible):
+            if self.table.all_weights_are_zero:
+                raise Overloaded("All replicas of the model have weight 0.", retry_after_s=1)
+            if route.unfit and not len(self.table.available(route.unfit)):
+                raise Overloaded("The replicas that could go on with the answer are gone.")
+        return eligible
+
+    def _kept(self, route: Route) -> ReplicaId | None:
+        """Where the request's session is kept, if it can go there, be it only to wait."""
+        session = self._session_of(route.request)
+        kept = None if session is None else self._sessions.replica_of(session)
+        if kept is None or not self._is_among(kept, self.table.eligible(route.tried)):
+            return None
+        return kept
+
+    def _session_of(self, request: Request) -> str | None:
+        return request.caller.session_id if self._settings.sticky_sessions else None
+
     def _pick(self, request: Request, eligible: Places, ask: Ask) -> Pick:
-        if self.table.probes and not isinstance(self.strategy, IPHash):
-            # Whatever the strategy thinks of it: a breaker can only close by requests. Those of a key's own
-            # replica come by themselves.
-            return Pick(self.table.probes[0])
-        session = request.caller.session_id if self._settings.sticky_sessions else None
-        if session is None:
-            return self._choose(eligible, ask)
-        kept = self._sessions.replica_of(session)
-        if kept is not None and self._is_among(kept, eligible):
-            return Pick(kept)
-        pick = self._choose(eligible, ask)
-        self._sessions.keep(session, pick.replica_id)
+        pick = self._probe(eligible) or self._choose(eligible, ask)
+        session = self._session_of(request)
+        if session is not None:
+            self._sessions.keep(session, pick.replica_id)
         return pick
+
+    def _probe(self, eligible: Places) -> Pick | None:
+        """Whatever the strategy thinks of it: a breaker can only close by requests. Those of a key's own
+        replica come by themselves."""
+        if isinstance(self.strategy, IPHash):
+            return None
+        for replica_id in self.table.probes:
+            if self._is_among(replica_id, eligible):
+                return Pick(replica_id)
+        return None
 
     def _choose(self, eligible: Places, ask: Ask) -> Pick:
         """A strategy that fails loses no request: least connections takes its place."""

@@ -21,6 +21,7 @@ class ReplicaInfo:
     id: ReplicaId
     node: str = ""
     weight: float = 1.0
+    ready: bool = True  # False: no new requests, but what runs there goes on
 
 
 class Replica:
@@ -36,6 +37,7 @@ class Replica:
         "lost_calls",
         "node",
         "peers",
+        "ready",
         "requests",
         "speed",
         "suspect",
@@ -46,6 +48,7 @@ class Replica:
     def __init__(self, info: ReplicaInfo, now: float) -> None:
         self.id = info.id
         self.node = info.node
+        self.ready = info.ready
         self.in_flight = 0  # from here, as is ``cost``
         self.cost = 0.0
         self.peers = PeerLoad()
@@ -89,6 +92,10 @@ class Lease:
         self.cost = cost
         self.started_at = started_at
         self._open = True
+
+    @property
+    def is_probe(self) -> bool:
+        return self._permit.probe
 
     def recost(self, cost: float) -> None:
         """More is known of the request now."""

@@ -76,6 +76,7 @@ class ReplicaTable:
         for replica_id, info in infos.items():
             weight = self._weights.get(replica_id, info.weight)
             self.columns.weight[self.columns.place[replica_id]] = weight
+            self._by_id[replica_id].ready = info.ready
         self._eligibility.resize(len(infos))
         for replica_id in infos:
             self._write(self._by_id[replica_id])
@@ -120,7 +121,7 @@ class ReplicaTable:
         if doubtful != before:
             for replica in self._by_id.values():
                 replica.suspect = replica.id in doubtful
-            for replica_id in before - doubtful:
+            for replica_id in before - set(suspects):
                 self.breakers.health_passed(replica_id)
             self.changed()
         return doubtful - before
@@ -190,7 +191,7 @@ class ReplicaTable:
                 if grown < 1:
                     again = min(again, now + _RAMP_STEP_S)
         weighed = zip(replicas, self.columns.weight > 0, strict=True)
-        ready = [r for r, has_weight in weighed if has_weight and not (r.draining or r.suspect)]
+        ready = [r for r, has_weight in weighed if has_weight and r.ready and not (r.draining or r.suspect)]
         self.panic = 2 * self.breakers.refusing([r.id for r in ready]) > len(ready)
         here = [r.id for r in ready if r.suspended_until <= now]
         admitted = {id for id in here if self.panic or self.breakers.admits(id)}
@@ -251,6 +252,7 @@ class ReplicaTable:
             if outcome is not Outcome.NEUTRAL:
                 success = self.columns.success
                 success[place] += _SUCCESS_EWMA * ((outcome is Outcome.SUCCESS) - success[place])
+                self.columns.judged_at[place] = now
             self.columns.drain[place] = replica.speed.drain
         self._write(replica)
         before = self.breakers.version
@@ -263,6 +265,7 @@ class ReplicaTable:
         """Its breaker has closed: it starts slowly again."""
         if replica_id in self._by_id:
             self._by_id[replica_id].joined_at = self._clock.now()
+            self.columns.success[self.columns.place[replica_id]] = 1.0  # or it would not be given a chance
 
     def _observe(self, replica: Replica, seconds: float) -> None:
         place = self._place_of(replica)

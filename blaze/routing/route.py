@@ -29,12 +29,14 @@ class Route:
     key: int | None
     chain: PromptChain
     deadline: float
+    came_at: float
     tried: list[ReplicaId] = field(default_factory=list)
     unfit: list[ReplicaId] = field(default_factory=list)
     tried_last: ReplicaId = ""
     retries: int = 0
     lost: int = 0
     deaths: int = 0
+    was_probe: bool = False  # the last attempt: sent to find out whether a replica has recovered
     reserved: bool = False  # of the budget for retries
 
     def note_failure(self, replica_id: ReplicaId, error: ErrorInfo, *, died_at_work: bool) -> None:

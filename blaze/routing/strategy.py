@@ -53,8 +53,10 @@ class Strategy(Protocol):
         ...
 
 
-def least(columns: Columns, eligible: Places, scores: Floats, rng: random.Random) -> Pick:
-    """One of the places with the least score, at random."""
-    tied = np.flatnonzero(scores == scores.min())
+def least(
+    columns: Columns, eligible: Places, scores: Floats, rng: random.Random, *, tolerance: float = 0.0
+) -> Pick:
+    """One of the places with the least score, at random; ``tolerance``: or with so little more, in parts."""
+    tied = np.flatnonzero(scores <= scores.min() * (1.0 + tolerance))
     at = tied[0] if len(tied) == 1 else tied[rng.randrange(len(tied))]
     return Pick(columns.ids[eligible[at]])

@@ -13,6 +13,7 @@ from blaze.types import (
     GenerateRequest,
     ImageReady,
     ImageRequest,
+    PartialImage,
     Progress,
     Request,
     Started,
@@ -85,6 +86,7 @@ class ImageTranscript:
         self._started = False
         self._steps = 0
         self._ready: set[int] = set()
+        self._previews: set[tuple[int, int]] = set()
 
     def take(self, events: Events) -> Events:
         return tuple(event for event in events if self._is_new(event))
@@ -102,6 +104,10 @@ class ImageTranscript:
             is_further = event.step > self._steps
             self._steps = max(self._steps, event.step)
             return is_further
+        if isinstance(event, PartialImage):
+            is_new = (event.index, event.number) not in self._previews
+            self._previews.add((event.index, event.number))
+            return is_new
         if isinstance(event, ImageReady):
             is_new = event.index not in self._ready
             self._ready.add(event.index)

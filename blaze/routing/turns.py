@@ -7,7 +7,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-from blaze.routing.columns import Carried, Columns, Places
+from blaze.routing.columns import Carried, Columns, Floats, Places
 from blaze.routing.strategy import Ask, Pick
 from blaze.types import ReplicaId
 
@@ -51,11 +51,17 @@ class WeightedRoundRobin:
 
     def __init__(self) -> None:
         self._credit = Carried()
+        self._weights: Floats = np.empty(0)  # that the credit is of
+        self._membership = -1
 
     def choose(self, columns: Columns, eligible: Places, ask: Ask) -> Pick | None:  # noqa: ARG002
         if not len(eligible):
             return None
         credit = self._credit.follow(columns)
+        if not np.array_equal(self._weights, columns.weight):
+            if self._membership == columns.membership:
+                credit[:] = 0.0  # of other weights: who had most would be picked until it is used up
+            self._weights, self._membership = columns.weight.copy(), columns.membership
         weights = columns.weight[eligible] * columns.ramp[eligible]
         grown = credit[eligible] + weights
         credit[eligible] = grown

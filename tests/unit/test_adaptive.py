@@ -32,7 +32,7 @@ def chosen(numbers: dict[str, Sequence[float]], *, cost: float = 10.0, credit: S
         ({"cost": (30, 10, 20), "drain": (5, 1, 1)}, "a"),  # 40 / 5 = 8 beats 20 and 30
         ({"cost": (30, 10, 20), "success": (1, 0.5, 1)}, "c"),  # 20 / 0.25 = 80, but 30 / 1
         ({"cost": (30, 10, 20), "success": (1, 0.9, 1)}, "b"),  # 20 / 0.81 = 24.7
-        ({"cost": (30, 10, 20), "success": (1, 0.8, 1)}, "c"),  # 20 / 0.64 = 31.25: it is squared
+        ({"cost": (30, 10, 20), "success": (1, 0.75, 1)}, "c"),  # 20 / 0.5625 = 35.6: it is squared
         ({"cost": (30, 10, 20), "weight": (1, 0.5, 1)}, "c"),  # 20 / 0.5 = 40, but 30 / 1
         ({"cost": (30, 10, 20), "ramp": (1, 0.1, 1)}, "c"),
         ({"cost": (0, 0, 0)}, "abc"),  # ties at random
@@ -95,6 +95,19 @@ def test_credit_goes_by_place_when_some_are_not_eligible() -> None:
     seen = columns("abc", cost=(0, 10, 10), drain=1.0)
     ask = Ask(0.0, 10.0, credit=np.array([0.0, 0.0, 5.0]))
     assert set(picks(Adaptive(random.Random(0)), seen, 20, among="bc", ask=ask)) == {"c"}
+
+
+def test_what_is_nearly_as_good_is_taken_for_equal() -> None:
+    assert chosen({"cost": (0, 0, 0), "drain": (1.0, 0.96, 0.9)}) == "ab"
+
+
+def test_who_was_slow_or_failed_is_tried_again_some_time() -> None:
+    seen = columns("abc", drain=(1.0, 0.1, 1.0), success=(1.0, 1.0, 0.3), judged_at=0.0)
+    found = {
+        now: set(picks(Adaptive(random.Random(0)), seen, 60, ask=Ask(now, 10.0)))
+        for now in (0.0, 60.0, 300.0)
+    }
+    assert found == {0.0: {"a"}, 60.0: {"a"}, 300.0: {"a", "b", "c"}}
 
 
 # --- Hot and cold ------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from blaze.engines.llm.stopping import StopStrings
-from blaze.errors import EngineFailure
+from blaze.errors import NonFiniteOutput
 from blaze.types import ChoiceFinished, Events, Finished, Progress, Started, TextDelta, Usage
 from tests.api_bench import MESSAGES, ApiBench, chunks_of
 from tests.fakes import FakePool, Script
@@ -160,7 +160,7 @@ async def test_case_10_stream_and_whole_answer_are_equal_and_free_of_the_stop(st
 
 
 @pytest.mark.parametrize("path", ["chat", "complete"])
-@pytest.mark.parametrize("broken", [[EngineFailure("broke")], [], [RuntimeError("unforeseen")]])
+@pytest.mark.parametrize("broken", [[NonFiniteOutput("broke")], [RuntimeError("unforeseen")]])
 async def test_case_13_an_error_in_mid_stream_is_one_event_then_done(path: str, broken: Script) -> None:
     async with answering((STARTED, TextDelta(0, "Hel", (1,))), *broken) as api:
         response = await getattr(api, path)(stream=True, stream_options={"include_usage": True})

@@ -490,21 +490,32 @@ def test_who_is_needed_is_tried_after_the_time_of_a_first_trip_but_not_earlier()
     bench = bench_of(3)
     for _ in range(4):
         bench.trip("a")
-        bench.clock.advance(bench.board.next_change() - bench.clock.now())
+        bench.board.act("a", "close")
+    bench.trip("a")  # for 16 s
+    for wait_s, state in ((0.0, "open"), (0.99, "open"), (0.01, "half_open")):
+        bench.clock.advance(wait_s)
+        assert bench.states("a") == ["open"], "nobody needs it"
+        bench.board.needed()
+        assert bench.states("a") == [state]
+
+
+def test_who_may_be_dead_is_tried_less_and_less_often() -> None:
+    bench = bench_of(3)
+    bench.trip("a")
+    for open_s in (1.0, 1.0, 2.0, 4.0, 8.0):
+        bench.clock.advance(open_s - 0.01)
+        bench.board.needed()
+        assert bench.states("a") == ["open"]
+        bench.clock.advance(0.01)
+        bench.board.needed()
         assert bench.states("a") == ["half_open"]
-    bench.send("a", F)
-    bench.board.needed()
-    assert bench.states("a") == ["open"]
-    bench.clock.advance(0.99)
-    bench.board.needed()
-    assert bench.states("a") == ["open"]
-    bench.clock.advance(0.01)
-    assert bench.states("a") == ["open"], "nobody needs it"
-    bench.board.needed()
+        bench.send("a", F)
+    bench.clock.advance(bench.board.next_change() - bench.clock.now())
     assert bench.states("a") == ["half_open"]
-    bench.send("a", F)
+    bench.send("a", S, F)
     bench.clock.advance(1.0)
-    assert bench.states("a") == ["open"], "it has failed once more, and is open for longer"
+    bench.board.needed()
+    assert bench.states("a") == ["half_open"], "it is not dead: something has succeeded"
 
 
 def test_who_was_opened_by_hand_is_not_tried_whoever_needs_it() -> None:

@@ -345,11 +345,12 @@ async def test_weights_that_are_all_set_to_zero_end_the_wait() -> None:
 async def test_who_is_out_is_tried_early_when_requests_wait() -> None:
     bench = RoutingBench(FakePool(("a", "b", "c"), held=True), max_in_flight=1, recheck_s=0.001)
     table = bench.dispatcher.table
-    for _ in range(6):
+    for _ in range(5):
         for _ in range(5):
             table.lease("a").release(Outcome.FAILURE)
-        bench.clock.advance(table.breakers.next_change() - bench.clock.now())
-    table.lease("a").release(Outcome.FAILURE)
+        table.breakers.act("a", "close")
+    for _ in range(5):
+        table.lease("a").release(Outcome.FAILURE)
     asked = [asyncio.create_task(bench.ask(text_request())) for _ in range(3)]
     await until(lambda: len(bench.called) + bench.waiting == 3)
     assert sorted(bench.called) == ["b", "c"]
@@ -359,3 +360,64 @@ async def test_who_is_out_is_tried_early_when_requests_wait() -> None:
     for call in bench.pool.open_calls:
         call.release()
     assert [text_of(await task) for task in asked] == ["ok"] * 3
+
+
+async def test_a_second_attempt_keeps_its_place_in_the_line() -> None:
+    bench = RoutingBench(FakePool(("a",), held=True), max_in_flight=1, retry_pause=0.0)
+    order: list[str] = []
+
+    async def ask(name: str) -> None:
+        await bench.ask(text_request())
+        order.append(name)
+
+    bench.pool.next_scripts = [[EngineFailure("once")]]
+    asking = []
+    for number, name in enumerate(["first", "second", "third"]):
+        asking.append(asyncio.create_task(ask(name)))
+        await until(lambda number=number: len(bench.called) + bench.waiting == number + 1)
+        bench.clock.advance(1.0)
+    bench.pool.open_calls[0].release()  # fails: "second" has its place by the time that it is back
+    await until(lambda: len(bench.called) == 2 and bench.waiting == 2)
+    bench.pool.held = False
+    bench.pool.open_calls[1].release()
+    await asyncio.gather(*asking)
+    assert order == ["second", "first", "third"]
+
+
+async def test_a_probe_that_fails_uses_up_no_retries() -> None:
+    bench = RoutingBench(FakePool(("a", "b")), max_retries=0)
+    table = bench.dispatcher.table
+    for _ in range(5):
+        table.lease("a").release(Outcome.FAILURE)
+    bench.clock.advance(1.6)
+    bench.pool.scripts = {"a": [[EngineFailure("still")]]}
+    assert text_of(await bench.ask(text_request())) == "ok"
+    assert bench.called == ["a", "b"]
+
+
+async def test_nobody_is_sent_back_to_where_it_failed_to_find_out_whether_that_has_recovered() -> None:
+    bench = RoutingBench(FakePool(("a", "b", "c")), strategy="least_connections", max_in_flight=1)
+    table = bench.dispatcher.table
+    bench.pool.scripts = {"a": [[EngineFailure("fifth")]]}
+    for _ in range(4):
+        table.lease("a").release(Outcome.FAILURE)
+    busy = [table.lease(replica_id) for replica_id in "bc"]
+    asking = asyncio.create_task(bench.ask(text_request()))
+    await until(lambda: bench.waiting == 1)
+    assert bench.called == ["a"]
+    bench.clock.advance(1.6)  # now its breaker lets a request through, but not this one again
+    busy[0].release(Outcome.SUCCESS)
+    assert text_of(await asking) == "ok"
+    assert bench.called == ["a", "b"]
+    busy[1].release(Outcome.SUCCESS)
+
+
+async def test_a_session_rather_waits_where_it_is_kept_than_goes_elsewhere() -> None:
+    pool = FakePool(("a", "b"), held=True)
+    bench = RoutingBench(pool, strategy="adaptive", sticky_sessions=True, max_in_flight=4, at_once=1)
+    asked = [asyncio.create_task(bench.ask(of_session("s"))) for _ in range(3)]
+    await until(lambda: len(bench.called) == 3)
+    assert len(set(bench.called)) == 1
+    for call in pool.open_calls:
+        call.release()
+    await asyncio.gather(*asked)

@@ -576,11 +576,10 @@ def test_who_answers_its_health_checks_again_is_tried_at_once() -> None:
 
 def test_when_requests_wait_that_nobody_has_room_for_who_is_out_is_tried_after_a_second() -> None:
     bench = TableBench("a", "b", "c", cap=1)
-    for _ in range(6):  # out for half a minute by now
+    for _ in range(5):
         bench.send("a", *[F] * 5)
-        bench.clock.advance(bench.table.breakers.next_change() - bench.clock.now())
-        bench.eligible()
-    bench.send("a", F)
+        bench.table.breakers.act("a", "close")
+    bench.send("a", *[F] * 5)  # out for half a minute
     bench.table.needed()
     assert bench.table.breakers.state("a") == "open"
     bench.clock.advance(1.0)
@@ -588,3 +587,32 @@ def test_when_requests_wait_that_nobody_has_room_for_who_is_out_is_tried_after_a
     bench.table.needed()
     assert bench.eligible() == ["a", "b", "c"]
     assert bench.table.probes == ["a"]
+
+
+def test_success_begins_anew_when_a_breaker_closes() -> None:
+    bench = TableBench("a", "b", "c")
+    bench.send("a", *[F] * 5)
+    bench.clock.advance(1.0)
+    assert bench.eligible() == ["a", "b", "c"]
+    bench.send("a", S, S)
+    assert bench.table.breakers.state("a") == "closed"
+    assert bench.column("success") == {"a": 1.0, "b": 1.0, "c": 1.0}
+
+
+def test_who_is_not_ready_keeps_what_runs_there() -> None:
+    bench = TableBench("a", "b", cap=1)
+    lease = bench.table.lease("a")
+    bench.table.sync([ReplicaInfo("a", ready=False), ReplicaInfo("b")])
+    assert bench.available() == ["b"]
+    bench.table.sync([ReplicaInfo("a"), ReplicaInfo("b")])
+    assert (bench.available(), bench.eligible()) == (["a", "b"], ["b"])
+    lease.release(S)
+    assert bench.eligible() == ["a", "b"]
+
+
+def test_suspicion_of_all_is_no_sign_of_health() -> None:
+    bench = TableBench("a", "b", "c")
+    bench.send("a", *[F] * 5)
+    bench.table.set_suspects(["a"])
+    bench.table.set_suspects(["a", "b", "c"])
+    assert bench.table.breakers.state("a") == "open"

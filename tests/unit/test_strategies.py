@@ -241,3 +241,10 @@ def test_hashes_are_the_same_on_every_machine() -> None:
     assert stable_hash("a") == 0x40F89E395B66422F, "BLAKE2b-64, big endian"
     assert columns("ab").hashes.tolist() == [stable_hash("a"), stable_hash("b")]
     assert stable_hash("\ud800") != stable_hash("\ud801"), "not every id is proper UTF-8"
+
+
+def test_credit_of_other_weights_is_forgotten() -> None:
+    seen, strategy = columns("ab", weight=(1000.0, 1000.0)), WeightedRoundRobin()
+    picks(strategy, seen, 1)
+    seen.weight[:] = 1.0
+    assert picks(strategy, seen, 4) == ["a", "b", "a", "b"]

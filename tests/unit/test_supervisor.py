@@ -64,15 +64,13 @@ def test_the_state_follows_the_engines_own_account(engine_state: str, state: Rep
     assert watch.state() is state
 
 
-def test_three_missed_probes_make_a_replica_suspect_and_a_heartbeat_ready_again() -> None:
+def test_three_missed_probes_make_a_replica_suspect() -> None:
     watch = Watch()
     watch.supervisor.heartbeat(heartbeat())
     watch.clock.advance(3.0)
     assert watch.state() is ReplicaState.READY
     watch.clock.advance(0.01)
     assert watch.state() is ReplicaState.SUSPECT
-    watch.supervisor.heartbeat(heartbeat())
-    assert watch.state() is ReplicaState.READY
 
 
 def test_silence_is_measured_from_the_last_heartbeat() -> None:
@@ -272,3 +270,25 @@ def test_the_view_of_the_cluster_forgets_them_too() -> None:
     watch.clock.advance(SETTINGS_KEPT_S + 0.01)
     watch.supervisor.view()
     assert followed(watch, "a").replica_ids == set()
+
+
+def test_who_was_silent_is_well_again_after_two_heartbeats() -> None:
+    watch = Watch()
+    states = []
+    for wait_s in (0.0, 4.0, 1.0, 1.0):
+        watch.clock.advance(wait_s)
+        watch.supervisor.heartbeat(heartbeat("a"))
+        states.append(watch.state())
+    assert states == [ReplicaState.READY, ReplicaState.SUSPECT, ReplicaState.READY, ReplicaState.READY]
+
+
+def test_a_silent_replica_stays_suspect_for_as_long_as_routers_may_pick_it() -> None:
+    watch = Watch()
+    watch.supervisor.heartbeat(heartbeat("a"))
+    for second in range(1, 100):
+        watch.clock.advance(1.0)
+        news = watch.supervisor.report(report("r", ReplicaCounters("a", "m", 0, 1.0, 0, 0)))
+        assert ("a" in news.suspects) is (second > 3)
+    watch.clock.advance(1.0)
+    watch.supervisor.report(report("r"))
+    assert watch.state() is None
