@@ -118,6 +118,7 @@ class Dispatcher:
 
         async def resume(rest: Request, error: ErrorInfo) -> Attempt | ErrorInfo:
             route.request, route.cost = rest, self._costs.of(rest)
+            route.note_failure(route.tried_last, error, died_at_work=False)
             try:
                 resumed = await self._send(route, error)
             except BlazeError as refused:

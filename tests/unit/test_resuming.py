@@ -179,7 +179,7 @@ async def test_it_goes_on_only_on_the_same_variant() -> None:
 
 
 async def test_when_no_replica_of_its_variant_is_left_the_answer_ends() -> None:
-    pool = BreakingPool(("a", "b"), breaks=[(2, ReplicaLost("died"))], variants={"b": "new"})
+    pool = BreakingPool(("a", "b"), breaks=[(2, ReplicaLost("died"))])
     bench = RoutingBench(pool)
     stream = await bench.dispatcher.open(asked())
     first = stream.replica_id
