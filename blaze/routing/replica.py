@@ -63,6 +63,10 @@ class Replica:
         self.speed = Speed()
 
     @property
+    def is_wanted(self) -> bool:
+        return self.ready and not (self.draining or self.suspect)
+
+    @property
     def waiting_since(self) -> float:
         """When the request was sent that waits for content for the longest; inf: none does."""
         return next(iter(self.waiting.values()), math.inf)

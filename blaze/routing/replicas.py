@@ -112,11 +112,9 @@ class ReplicaTable:
         self.changed()
 
     def set_suspects(self, suspects: Collection[ReplicaId]) -> set[ReplicaId]:
-        """Replicas that do not answer; returns those that were none before. When that is all of them, it is
-        rather who asks that is cut off."""
-        doubtful = set(suspects) & self._by_id.keys()
-        if len(doubtful) == len(self._by_id):
-            doubtful = set()
+        """Replicas that do not answer; returns new ones. If that is all, it is who asks that is cut off."""
+        known = set(suspects) & self._by_id.keys()
+        doubtful = known if len(known) < len(self._by_id) else set()
         before = {replica.id for replica in self._by_id.values() if replica.suspect}
         if doubtful != before:
             for replica in self._by_id.values():
@@ -185,13 +183,12 @@ class ReplicaTable:
             [self.breakers.next_change(), *(r.suspended_until for r in replicas if r.suspended_until > now)]
         )
         if self._slow_start_s > 0:
-            for place, replica in enumerate(replicas):
-                grown = (now - replica.joined_at) / self._slow_start_s
-                self.columns.ramp[place] = min(1.0, _LEAST_RAMP + (1 - _LEAST_RAMP) * grown)
-                if grown < 1:
-                    again = min(again, now + _RAMP_STEP_S)
-        weighed = zip(replicas, self.columns.weight > 0, strict=True)
-        ready = [r for r, has_weight in weighed if has_weight and r.ready and not (r.draining or r.suspect)]
+            ages = np.array([now - replica.joined_at for replica in replicas]) / self._slow_start_s
+            self.columns.ramp[:] = np.minimum(1.0, _LEAST_RAMP + (1 - _LEAST_RAMP) * ages)
+            if (ages < 1).any():
+                again = min(again, now + _RAMP_STEP_S)
+        weighed = zip(replicas, self.columns.weight, strict=True)
+        ready = [r for r, weight in weighed if weight > 0 and r.is_wanted]
         self.panic = 2 * self.breakers.refusing([r.id for r in ready]) > len(ready)
         here = [r.id for r in ready if r.suspended_until <= now]
         admitted = {id for id in here if self.panic or self.breakers.admits(id)}

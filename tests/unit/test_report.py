@@ -91,6 +91,7 @@ async def test_status_tells_models_and_replicas() -> None:
         "ready": 1,
         "waiting": 0,
         "retries": 1,
+        "resumed": 0,
         "panic": False,
         "requests": {"success": 2, "failure": 1, "neutral": 0},
     }
