@@ -53,7 +53,7 @@ class CharacterNames:
 def fake_model(*, max_model_len: int = 64) -> LoadedModel:
     pieces = [b"", *(bytes([code]) for code in range(1, BROKEN))]
     return LoadedModel(
-        model=SimpleNamespace(device=torch.device("cpu")),
+        model=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32),
         tokenizer=CharacterTokenizer(),
         vocabulary=Vocabulary(ByteDecoder(pieces), CharacterNames(), frozenset({EOS})),
         vocabulary_size=VOCABULARY_SIZE,

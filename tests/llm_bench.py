@@ -34,6 +34,8 @@ SCRIPTS = {
     "g": "ok" + chr(BROKEN),
 }
 
+VARIANT = "org/model@None/torch.float32/none/scripted"
+
 
 class Gate:
     """Holds the compute thread before a step until the test opens it."""

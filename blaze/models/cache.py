@@ -47,6 +47,18 @@ def is_converted(source: ModelSource, cache: Path) -> bool:
     return (cache / "converted" / f"{source.path.stem}-{fingerprint(source.path)}" / _CONVERTED).exists()
 
 
+def identity(source: ModelSource, cache: Path) -> str:
+    """Of the weights: the same wherever they lie; of a hub id, as far as its revision tells."""
+    if isinstance(source, HubSource):
+        return f"{source.repo}@{source.revision}"
+    folder = Path(local_model(source, cache))
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        digest.update(f"{file.name} {fingerprint(file)}\n".encode())
+    return digest.hexdigest()
+
+
 def fingerprint(path: Path) -> str:
     """Tells versions of a file apart by its size and its first and last MiB (metadata, and some weights)."""
     size = path.stat().st_size

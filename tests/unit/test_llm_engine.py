@@ -14,13 +14,13 @@ from blaze.types import (
     TextPrompt,
     Usage,
 )
-from tests.llm_bench import EngineBench
+from tests.llm_bench import VARIANT, EngineBench
 from tests.samples import collect, image_request, text_of, text_request
 
 
 async def test_a_request_is_answered_with_all_its_parts(bench: EngineBench) -> None:
     events = await collect(bench.engine.run(text_request(TextPrompt("cc"))))
-    assert events[0] == Started((99, 99))
+    assert events[0] == Started((99, 99), VARIANT)
     assert text_of(events) == "endings"
     assert events[-2:] == [ChoiceFinished(0, "stop"), Finished(Usage(prompt_tokens=2, completion_tokens=8))]
 
@@ -131,3 +131,12 @@ async def test_lower_priority_numbers_go_first(monkeypatch: pytest.MonkeyPatch) 
     await bench.together(late, early)
     assert "".join(dict.fromkeys(order)) == "fec"
     await bench.engine.stop()
+
+
+async def test_an_answer_of_another_variant_is_not_gone_on_with(bench: EngineBench) -> None:
+    request = text_request(TextPrompt("c"), temperature=0.0)
+    mine = replace(request, generated=((101,),), variant=VARIANT)
+    assert text_of(await bench.ask(mine)) == "ndings"
+    (event,) = await bench.ask(replace(mine, variant="org/model@None/torch.bfloat16/none/scripted"))
+    assert isinstance(event, Failed)
+    assert (event.error.code, event.error.retryable, event.error.is_failure) == ("other_variant", True, False)

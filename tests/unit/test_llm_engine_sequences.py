@@ -16,7 +16,7 @@ from blaze.types import (
     Usage,
 )
 from tests.fake_models import BROKEN
-from tests.llm_bench import EngineBench
+from tests.llm_bench import VARIANT, EngineBench
 from tests.samples import collect, terminals, text_of, text_request
 
 
@@ -61,7 +61,7 @@ async def test_an_answer_that_was_complete_already_ends_at_once(bench: EngineBen
     request = replace(text_request(TextPrompt("e"), max_tokens=2), generated=((65, 66),))
     events = await collect(bench.engine.run(request))
     assert events == [
-        Started((101,)),
+        Started((101,), VARIANT),
         ChoiceFinished(0, "length"),
         Finished(Usage(prompt_tokens=1, completion_tokens=2)),
     ]
@@ -79,7 +79,7 @@ async def test_choices_that_were_complete_already_all_end(bench: EngineBench) ->
     request = replace(text_request(TextPrompt("e"), n=2, max_tokens=2), generated=((65, 66), (65, 0)))
     events = await bench.ask(request)
     assert events == [
-        Started((101,)),
+        Started((101,), VARIANT),
         ChoiceFinished(0, "length"),
         ChoiceFinished(1, "stop"),
         Finished(Usage(prompt_tokens=1, completion_tokens=4)),
@@ -90,7 +90,7 @@ async def test_a_choice_that_was_complete_does_not_keep_the_other_from_going_on(
     request = replace(text_request(TextPrompt("e"), n=2, max_tokens=2), generated=((65,), (65, 66)))
     events = await bench.ask(request)
     assert events == [
-        Started((101,)),
+        Started((101,), VARIANT),
         ChoiceFinished(1, "length"),
         TextDelta(0, "B", (66,)),
         ChoiceFinished(0, "length"),

@@ -8,6 +8,7 @@ import pytest
 
 from blaze.config import parse_args
 from blaze.errors import ConfigError, ModelSourceError
+from blaze.models.cache import identity
 from blaze.models.sources import (
     FolderSource,
     GGUFSource,
@@ -187,3 +188,15 @@ def test_a_folder_that_cannot_be_a_model_of_the_engine_is_refused(
         check_sources(config)
     (tmp_path / "model.safetensors").write_bytes(b"")
     check_sources(config)
+
+
+def test_weights_are_the_same_wherever_they_lie_and_others_when_they_change(tmp_path: Path) -> None:
+    for name, weights in (("one", b"a" * 100), ("copy", b"a" * 100), ("other", b"b" * 100)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        (tmp_path / name / "config.json").write_text("{}", encoding="utf-8")
+    sources = [FolderSource(tmp_path / name) for name in ("one", "copy", "other")]
+    one, copy, other = (identity(source, tmp_path) for source in sources)
+    assert one == copy != other
+    first, second = (identity(HubSource("org/model", revision), tmp_path) for revision in ("v1", "v2"))
+    assert first != second

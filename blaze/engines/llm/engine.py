@@ -22,7 +22,8 @@ from blaze.engines.llm.prompts import PromptEncoder
 from blaze.engines.llm.scheduler import rank
 from blaze.engines.llm.sequence import Sequence
 from blaze.engines.threaded import ThreadedEngine
-from blaze.errors import BlazeError, EngineFailure, InvalidRequest, ReplicaStopping
+from blaze.errors import BlazeError, EngineFailure, InvalidRequest, OtherVariant, ReplicaStopping
+from blaze.models.cache import identity
 from blaze.models.sources import ModelSource
 from blaze.prompt_chain import prompt_chain
 from blaze.reports import EngineStatus, KVCacheStatus
@@ -38,6 +39,7 @@ class _Loaded:
     served: ServedModel
     encoder: PromptEncoder
     loop: EngineLoop
+    variant: str
 
 
 class LLMEngine(ThreadedEngine[Job, _Loaded]):
@@ -81,7 +83,13 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
             on_step=self._progress.step,
             launching=self._bell.ring,
         )
-        return _Loaded(served, encoder, loop)
+        parts = (
+            identity(self._source, self._cache),
+            str(model.model.dtype),
+            self._options.quantization,
+            served.runner.name,
+        )
+        return _Loaded(served, encoder, loop, "/".join(parts))
 
     async def stop(self) -> None:
         await super().stop()
@@ -108,6 +116,8 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
     async def _admit(self, loaded: _Loaded, request: Request) -> Job:
         if not isinstance(request, GenerateRequest):
             raise InvalidRequest("This model generates text, not images.", param="model")
+        if request.variant not in ("", loaded.variant):
+            raise OtherVariant("The answer was begun by an engine with other weights or other numbers.")
         sampling = request.sampling
         if sampling.n > self._options.max_batch_size:
             raise InvalidRequest(
@@ -122,7 +132,7 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
             self._held_prompts.note(prompt_chain(request.prompt), prompt_ids)
         deadline = None if request.timeout_s is None else arrival + request.timeout_s
         choices = self._choices(loaded, request, prompt_ids, arrival)
-        return Job(prompt_ids, choices, EventChannel(self._bell), deadline)
+        return Job(prompt_ids, choices, EventChannel(self._bell), deadline, loaded.variant)
 
     def _choices(
         self, loaded: _Loaded, request: GenerateRequest, prompt_ids: tuple[TokenId, ...], arrival: float

@@ -16,6 +16,7 @@ class Job:
     choices: tuple[Choice, ...]
     channel: EventChannel
     deadline: float | None
+    variant: str = ""
     started: bool = field(default=False)
     over: bool = field(default=False)  # the terminal event is sent, or nobody waits for it
 
@@ -23,7 +24,7 @@ class Job:
         """Something of it is computed now."""
         if not self.started:
             self.started = True
-            self.channel.put(Started(self.prompt_ids))
+            self.channel.put(Started(self.prompt_ids, self.variant))
 
     def fail(self, error: BlazeError) -> None:
         self.channel.put(Failed(error.info))
