@@ -143,7 +143,7 @@ class Attempt:
         try:
             return await anext(self._call)
         except StopAsyncIteration:
-            return _failed(EngineFailure("The replica ended its answer without a result."))
+            return self._end_here() or _failed(EngineFailure("The replica gave no result."))
         except asyncio.CancelledError:
             # As asyncio.timeout tells them apart: when others have cancelled it too, it stays cancelled.
             end = self._end_here()
@@ -151,7 +151,10 @@ class Attempt:
                 raise
             return end
         except BlazeError as error:
-            return _failed(error)
+            end = self._end_here()
+            if end is not None and reader.cancelling() > before:
+                reader.uncancel()  # it was this attempt's, and the call has said in its own words that it ends
+            return end or _failed(error)
         finally:
             self._reader = None
 

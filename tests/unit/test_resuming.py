@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from blaze.errors import (
     BlazeError,
+    Cancelled,
     EngineFailure,
     NonFiniteOutput,
     OtherVariant,
@@ -256,6 +257,30 @@ async def test_what_runs_on_a_suspect_replica_goes_on_elsewhere() -> None:
     assert pool.open_calls[0].cancelled
     assert bench.failures[frozen] == 1
     assert sum(bench.in_flight.values()) == 0
+
+
+async def test_a_call_that_says_that_it_was_cancelled_is_moved_nevertheless() -> None:
+    class Talkative(FakeCall):
+        def cancel(self) -> None:
+            self.play([Cancelled("The call was cancelled.")])
+            self.release()
+
+    class Pool(BreakingPool):
+        def call(self, replica_id: ReplicaId, request: Request) -> FakeCall:
+            super().call(replica_id, request)
+            assert isinstance(request, GenerateRequest)
+            self.open_calls[-1] = Talkative([*whole(request, self.lengths)])
+            return self.open_calls[-1]
+
+    pool = Pool(("a", "b", "c"))
+    bench = RoutingBench(pool)
+    stream = await bench.dispatcher.open(asked())
+    events = list(await anext(stream))
+    pool.open_calls[0].hold()
+    bench.dispatcher.set_suspects([stream.replica_id])
+    async for batch in stream:
+        events += batch
+    assert events == flat(whole(asked(), (4,)))
 
 
 async def test_suspicion_of_all_moves_nothing() -> None:
