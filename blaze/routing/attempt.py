@@ -153,7 +153,7 @@ class Attempt:
         except BlazeError as error:
             end = self._end_here()
             if end is not None and reader.cancelling() > before:
-                reader.uncancel()  # it was this attempt's, and the call has said in its own words that it ends
+                reader.uncancel()  # the call has said in its own words that it ends
             return end or _failed(error)
         finally:
             self._reader = None
