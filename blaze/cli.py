@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from blaze.errors import BlazeError, EnvironmentProblem
 from blaze.records import is_running, read_records, remove_record
-from blaze.remote import MANAGEMENT, base_url, first_model, get_json, post_json, stream_text
+from blaze.remote import MANAGEMENT, base_url, first_model, get_json, post_json, stream_images, stream_text
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Serve language and diffusion models on Ray."
@@ -175,7 +175,7 @@ def _turn(base: str, request: dict[str, Any], text: str) -> None:
 
 
 @app.command()
-def image(
+def image(  # noqa: PLR0913, PLR0917
     prompt: Annotated[str, typer.Argument(help='For example "a red seven on white".')],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the image goes; png, jpeg or webp.")],
     model: Annotated[str | None, typer.Option(help="Default: the first diffusion model.")] = None,
@@ -183,26 +183,63 @@ def image(
     seed: Annotated[int | None, typer.Option()] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT")] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
+    n: Annotated[int, typer.Option("-n", "--n", min=1, help="Several go to NAME-1, NAME-2, ...")] = 1,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the image should not show.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="How closely the prompt is followed.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="For example euler or dpm.")] = None,
+    given: Annotated[Path | None, typer.Option("--image", help="A file to begin with, or to edit.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Transparent where the image is to be edited.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of it is drawn anew: 0 to 1.")] = None,
+    partial: Annotated[int, typer.Option(help="Previews, to NAME-partial-0, ...; up to 3.")] = 0,
 ) -> None:
-    """Draw an image and write it to a file."""
+    """Draw an image, or edit one, and write it to a file."""
     with one_line_errors():
-        suffix = output.suffix.lstrip(".").lower().replace("jpg", "jpeg")
-        if suffix not in ("png", "jpeg", "webp"):
-            raise EnvironmentProblem(f"{output}: the name must end in .png, .jpeg or .webp")
-        if not output.parent.is_dir():
-            raise EnvironmentProblem(f"{output}: there is no folder {output.parent}")
+        image_format = _format_of(output)
+        if mask is not None and given is None:
+            raise EnvironmentProblem("--mask: needs an --image to edit")
         base = base_url(url)
         request = {
             "model": model or first_model(base, ("diffusion",)),
             "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "n": n,
             "seed": seed,
             "size": size,
             "num_inference_steps": steps,
-            "output_format": suffix,
+            "guidance_scale": guidance_scale,
+            "scheduler": scheduler,
+            "strength": strength,
+            "output_format": image_format,
+            "partial_images": partial,
+            "progress": True,
         }
-        body = post_json(f"{base}/v1/images/generations", request)
-        output.write_bytes(base64.b64decode(body["data"][0]["b64_json"]))
-        console.print(f"{output}  {body['size']}, seed {body['data'][0]['seed']}")
+        with contextlib.closing(stream_images(base, request, image=given, mask=mask)) as events:
+            _write_images(events, output, several=n > 1)
+
+
+def _format_of(output: Path) -> str:
+    suffix = output.suffix.lstrip(".").lower().replace("jpg", "jpeg")
+    if suffix not in ("png", "jpeg", "webp"):
+        raise EnvironmentProblem(f"{output}: the name must end in .png, .jpeg or .webp")
+    if not output.parent.is_dir():
+        raise EnvironmentProblem(f"{output}: there is no folder {output.parent}")
+    return suffix
+
+
+def _write_images(events: Iterable[dict[str, Any]], output: Path, *, several: bool) -> None:
+    """Each image as it comes, and until then how far they are."""
+    with console.status("Waiting") as status:
+        for event in events:
+            if "step" in event:
+                status.update(f"Step {event['step']} of {event['total']}")
+                continue
+            name = f"{output.stem}-{event['index'] + 1}" if several else output.stem
+            if "seed" not in event:
+                name += f"-partial-{event['partial_image_index']}"
+            target = output.with_stem(name)
+            target.write_bytes(base64.b64decode(event["b64_json"]))
+            drawn_by = f", seed {event['seed']}" if "seed" in event else ""
+            console.print(f"{target}  {event['size']}{drawn_by}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -16,7 +16,18 @@ from blaze.errors import EnvironmentProblem, ErrorInfo, RemoteError, ReplicaLost
 from blaze.records import newest_running
 from blaze.requests import PromptLike, image_request, text_request
 from blaze.results import Generation, as_generation, as_images
-from blaze.types import Event, Events, Failed, Finished, GenerateRequest, ImageReady, Request, TextDelta
+from blaze.types import (
+    Event,
+    Events,
+    Failed,
+    Finished,
+    GenerateRequest,
+    ImageReady,
+    PartialImage,
+    Progress,
+    Request,
+    TextDelta,
+)
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -68,9 +79,42 @@ class Client:
     def images(
         self, model: str, prompt: str, *, timeout_s: float | None = None, **options: Any
     ) -> list[ImageReady]:
-        """Encoded images. ``options``: fields of :class:`blaze.types.ImageRequest`, as ``n`` and ``seed``."""
+        """Encoded images. ``options``: fields of :class:`blaze.types.ImageRequest`, as ``n`` and ``seed``.
+
+        With ``image``, the bytes of a file, they begin with that; with ``mask`` too, they edit it there.
+        """
         request = image_request(_new_id(), model, prompt, {"timeout_s": timeout_s, **options})
         return list(as_images(self.events(request)).images)
+
+    def edit(
+        self,
+        model: str,
+        image: bytes,
+        prompt: str,
+        *,
+        mask: bytes | None = None,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> list[ImageReady]:
+        """As :meth:`images`, and as ``/v1/images/edits``: without a mask, an image that is partly transparent
+        is edited there, and any other as a whole."""
+        from blaze.engines.diffusion.inputs import own_mask
+
+        marked = own_mask(image) if mask is None else mask
+        return self.images(model, prompt, timeout_s=timeout_s, image=image, mask=marked, **options)
+
+    def image_stream(
+        self, model: str, prompt: str, *, timeout_s: float | None = None, **options: Any
+    ) -> Iterator[Progress | PartialImage | ImageReady]:
+        """Images as they come; before them ``partial_images`` previews of each and, with ``progress=True``,
+        the steps. Leaving the loop cancels the request."""
+        request = image_request(_new_id(), model, prompt, {"timeout_s": timeout_s, **options})
+        with closing(self.events(request)) as events:
+            for event in events:
+                if isinstance(event, PartialImage | ImageReady) or (
+                    isinstance(event, Progress) and request.progress
+                ):
+                    yield event
 
     def embed(self, _model: str, _text: str | Sequence[str]) -> NoReturn:
         raise UnsupportedOperation("embeddings are not implemented in this version")

@@ -63,13 +63,86 @@ class LLMConfig(Settings):
         return min(96, self.max_batch_tokens) if device == "cpu" else self.max_batch_tokens
 
 
+class QuantizationConfig(Settings):
+    """Weights made smaller as they are loaded, by a library that has to be installed."""
+
+    backend: Literal["bitsandbytes", "torchao", "quanto"]
+    weights: Literal["int8", "int4", "float8"] = "int8"
+    components: tuple[str, ...] = ()  # of the pipeline; none: the denoiser
+
+    @model_validator(mode="after")
+    def _the_backend_has_it(self) -> QuantizationConfig:
+        lacks = {"bitsandbytes": "float8", "quanto": "int4"}  # quanto's int4 needs gradients to be on
+        if self.weights == lacks.get(self.backend):
+            raise ValueError(f"weights: {self.backend} has no {self.weights} that could be served")
+        return self
+
+
+AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]{0,63}$")]
+
+
 class DiffusionConfig(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_batch_size: PositiveInt = 8  # images of one request
+    deterministic: bool = False  # the same bits whatever shares a step: steps are padded to a fixed size
+    max_batch_size: PositiveInt = 8  # images in one step; also of one request
     max_steps: PositiveInt = 200
     max_pixels: PositiveInt = 2048 * 2048  # width x height of one image
     threads: PositiveInt | None = None
+    loras: dict[AdapterName, str] = Field(default_factory=dict)  # name -> source
+    safety_checker: bool = False  # the model's own, which is left out otherwise
+    compile: bool = False  # torch.compile of the denoiser
+    channels_last: bool = False
+    attention_slicing: bool = False
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    offload: Literal["none", "model", "sequential", "group"] = "none"  # of weights, to the CPU's memory
+    layerwise_casting: Literal["float8_e4m3fn", "float8_e5m2", "bfloat16", "float16"] | None = None
+    quantization: QuantizationConfig | None = None
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> DiffusionConfig:
+        """All contradictions at once: who mends one must not have to come back for the next."""
+        wrong = [reason for holds, reason in self._contradictions() if holds]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+    def _contradictions(self) -> tuple[tuple[bool, str], ...]:
+        on_cpu, narrow = self.device == "cpu", ("bfloat16", "float16")
+        casts, quantizes = self.layerwise_casting, self.quantization is not None
+        by_bitsandbytes = self.quantization is not None and self.quantization.backend == "bitsandbytes"
+        one_by_one = self.offload == "sequential"
+        return (
+            (
+                on_cpu and self.offload in ("model", "sequential"),
+                f"offload: {self.offload} moves weights to a GPU, and device is cpu",
+            ),
+            (on_cpu and by_bitsandbytes, "quantization: bitsandbytes needs a GPU, and device is cpu"),
+            (
+                self.compile and self.offload != "none",
+                "compile: excludes offload, whose hooks break the graph",
+            ),
+            (self.compile and casts is not None, "compile: excludes layerwise_casting, whose hooks do too"),
+            (self.compile and bool(self.loras), "compile: excludes loras, each scale of which compiles anew"),
+            (
+                quantizes and casts is not None,
+                "quantization: excludes layerwise_casting; both store the weights",
+            ),
+            (quantizes and one_by_one, "quantization: excludes offload sequential, which takes layers apart"),
+            (
+                by_bitsandbytes and self.offload == "group",
+                "quantization: bitsandbytes excludes offload group, which takes layers apart",
+            ),
+            (
+                casts is not None and one_by_one,
+                "layerwise_casting: excludes offload sequential; both replace the weights of a layer",
+            ),
+            (
+                casts in narrow and self.dtype in narrow,
+                f"layerwise_casting: {casts} saves nothing with dtype {self.dtype}",
+            ),
+        )
 
 
 class SimulatorConfig(Settings):

@@ -116,6 +116,12 @@ class UnsupportedOperation(InvalidRequest):
     code = "not_implemented"
 
 
+class ContentFlagged(InvalidRequest):
+    """The safety checker of the model's config found something in the image."""
+
+    code = "content_policy_violation"
+
+
 class Unauthorized(InvalidRequest):
     """No API key, or one that nobody has; the message never repeats it."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -31,21 +32,48 @@ def first_model(base: str, engines: tuple[str, ...]) -> str:
 
 def stream_text(url: str, request: dict[str, Any]) -> Iterator[str]:
     """The text of a streamed chat answer. Raises :class:`EnvironmentProblem` with the server's own words."""
+    for event in _stream(url, json=request):
+        for choice in event["choices"]:
+            yield choice["delta"].get("content") or ""
+
+
+def stream_images(
+    base: str, request: dict[str, Any], *, image: Path | None, mask: Path | None
+) -> Generator[dict[str, Any]]:
+    """Events of drawn images, or, with ``image``, of edited ones. Raises :class:`EnvironmentProblem` with the
+    server's own words."""
+    wanted = {name: value for name, value in request.items() if value is not None} | {"stream": True}
+    if image is None:
+        return _stream(f"{base}/v1/images/generations", json=wanted)
+    paths = {"image": image} if mask is None else {"image": image, "mask": mask}
+    fields = {name: v if isinstance(v, str) else json.dumps(v) for name, v in wanted.items()}
+    files = {name: (path.name, _read(path)) for name, path in paths.items()}
+    return _stream(f"{base}/v1/images/edits", data=fields, files=files)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: {error.strerror}") from None
+
+
+def _stream(url: str, **sent: Any) -> Generator[dict[str, Any]]:
+    """The events of an answer, without their framing."""
     with httpx.stream(
-        "POST", url, json=request, timeout=600.0, trust_env=_by_proxy(url), headers=_headers()
+        "POST", url, timeout=600.0, trust_env=_by_proxy(url), headers=_headers(), **sent
     ) as response:
         if response.status_code != 200:
             response.read()
             _check(response)
         for line in response.iter_lines():
             data = line.removeprefix("data: ")
-            if not line or data == "[DONE]":
+            if data in (line, "[DONE]"):
                 continue
             event = json.loads(data)
             if "error" in event:
                 raise EnvironmentProblem(event["error"]["message"])
-            for choice in event["choices"]:
-                yield choice["delta"].get("content") or ""
+            yield event
 
 
 def get_json(url: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class EngineStatus:
     queued: int
     steps_done: int
     last_step_age_s: float | None  # None before the first step
-    detail: str | None = None  # why it failed
+    detail: str | None = None  # why it failed, or why it cannot work as it usually does
     kv_cache: KVCacheStatus | None = None  # of LLM engines
     prefixes: bytes = b""  # packed links of the prompts that it holds, see prompt_chain.py
 

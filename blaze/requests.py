@@ -25,15 +25,10 @@ PromptLike: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | Prom
 
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
 _FLAGS = ("ignore_eos", "echo")
-_IMAGE = (
-    "negative_prompt",
-    "n",
-    "width",
-    "height",
-    "num_inference_steps",
-    "guidance_scale",
-    "seed",
-    "output_format",
+_IMAGE = tuple(
+    field.name
+    for field in fields(ImageRequest)
+    if field.name not in ("request_id", "model", "prompt", "caller")
 )
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -60,18 +55,28 @@ def image_request(
 ) -> ImageRequest:
     """``params``: fields of :class:`ImageRequest` but for its first three and the caller.
 
+    ``image`` and ``mask``: the bytes of a file. ``adapters`` may be a mapping of names to scales.
     Raises :class:`InvalidRequest` naming the parameter; ``param`` is what the prompt is called.
     """
-    _refuse_unknown(params, (*_IMAGE, "timeout_s"))
+    _refuse_unknown(params, _IMAGE)
     if not isinstance(prompt, str):
         raise InvalidRequest(f"{param}: must be text.", param=param)
-    negative = params.get("negative_prompt")
-    check(negative is None or isinstance(negative, str), "negative_prompt", "must be text")
+    for name in ("negative_prompt", "scheduler"):
+        text = params.get(name)
+        check(text is None or isinstance(text, str), name, "must be text")
     formats: tuple[str, ...] = get_args(ImageFormat)
     chosen = params.get("output_format", formats[0])
     check(chosen in formats, "output_format", f"must be one of {', '.join(formats)}")
+    compressed = chosen != "png" or params.get("output_compression") in (None, 100)
+    check(compressed, "output_compression", "only for the formats jpeg and webp")
+    check(isinstance(params.get("progress", False), bool), "progress", "must be true or false")
     _check_timeout(params)
     given: dict[str, Any] = dict(params)
+    for name in ("image", "mask"):
+        if given.get(name) is not None:
+            given[name] = _file(name, given[name])
+    if "adapters" in given:
+        given["adapters"] = _pairs("adapters", given["adapters"] or (), "name and scale")
     return ImageRequest(request_id, model, prompt, **given)
 
 
@@ -133,10 +138,7 @@ def _sampled(name: str, value: object) -> object:
     elif name in ("stop", "stop_token_ids"):
         return _as_tuple(name, value)
     elif name == "logit_bias":
-        pairs = value.items() if isinstance(value, Mapping) else _as_tuple(name, value)
-        biases = tuple(_as_tuple(name, pair) for pair in pairs)
-        check(all(len(pair) == 2 for pair in biases), name, "must be pairs of token id and bias")
-        return biases
+        return _pairs(name, value, "token id and bias")
     return value
 
 
@@ -144,3 +146,16 @@ def _as_tuple(name: str, value: object) -> tuple[object, ...]:
     if not isinstance(value, list | tuple):
         raise InvalidRequest(f"{name}: must be a list.", param=name)
     return tuple(value)
+
+
+def _pairs(name: str, value: object, of_what: str) -> tuple[tuple[object, ...], ...]:
+    pairs = value.items() if isinstance(value, Mapping) else _as_tuple(name, value)
+    made = tuple(_as_tuple(name, pair) for pair in pairs)
+    check(all(len(pair) == 2 for pair in made), name, f"must be pairs of {of_what}")
+    return made
+
+
+def _file(name: str, value: object) -> bytes:
+    if not isinstance(value, bytes | bytearray) or not value:
+        raise InvalidRequest(f"{name}: must be the bytes of an image file.", param=name)
+    return bytes(value)

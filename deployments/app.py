@@ -14,6 +14,7 @@ from blaze.config import ModelConfig, parse_args
 from blaze.models.sources import check_sources
 from blaze.types import EngineKind
 from deployments.autoscaling import scaling_options
+from deployments.data_plane import check_bodies_fit
 from deployments.diffusion import DiffusionReplica
 from deployments.engine import EngineReplica
 from deployments.health import HealthActor
@@ -36,6 +37,7 @@ def build_app(args: dict[str, Any]) -> Application:
     """
     config = parse_args(args)
     check_sources(config)
+    check_bodies_fit(config.router.max_body_bytes)
     # The Router and the health actor ask for no CPU: they must start on a node that engines have filled.
     health = serve.deployment(
         HealthActor,

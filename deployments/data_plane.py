@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from blaze.errors import EnvironmentProblem
+from blaze.errors import ConfigError, EnvironmentProblem
 
 GRPC_MESSAGE_BYTES = 256 * 1024 * 1024  # Ray's own limit of 4 MiB is too small for images
 
@@ -27,6 +27,27 @@ def fast_data_plane() -> dict[str, str]:
         # Ray parses a log line of HAProxy's per request for its own HTTP metrics; Blaze has /metrics.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     }
+
+
+_RAYS_MESSAGE_BYTES = 4 * 1024 * 1024
+_ENVELOPE_BYTES = 64 * 1024  # of a message: what is around the body of a request
+
+
+def check_bodies_fit(max_body_bytes: int) -> None:
+    """Raises :class:`ConfigError` when this node's replicas would not take a request with such a body.
+
+    They would refuse it without a word to the client, and look broken to the Router.
+    """
+    over_grpc = any(
+        os.environ.get(name) == "1"
+        for name in ("RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_USE_GRPC_BY_DEFAULT")
+    )
+    limit = int(os.environ.get("RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH", _RAYS_MESSAGE_BYTES))
+    if over_grpc and max_body_bytes + _ENVELOPE_BYTES > limit:
+        raise ConfigError(
+            f"router.max_body_bytes: {max_body_bytes} do not fit into the {limit} bytes of a message between "
+            "replicas; RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH is set where Ray is started"
+        )
 
 
 _WRAPPER = Path(__file__).with_name("haproxy.sh")

@@ -71,6 +71,18 @@ class ApiBench:
     async def draw(self, **fields: Any) -> httpx.Response:
         return await self.post("/v1/images/generations", {"model": "d", "prompt": "seven", **fields})
 
+    async def edit(
+        self, image: bytes | None, *, mask: bytes | None = None, fields: Mapping[str, str] | None = None
+    ) -> httpx.Response:
+        """A form as clients send it: each field is a text."""
+        files = {
+            name: (f"{name}.png", data)
+            for name, data in (("image", image), ("mask", mask))
+            if data is not None
+        }
+        form = {"model": "d", "prompt": "seven", **(fields or {})}
+        return await self.http.post("/v1/images/edits", data=form, files=files or None)
+
     @property
     def sent(self) -> list[Request]:
         """What reached the replicas."""
@@ -93,6 +105,20 @@ def assert_refused(response: httpx.Response, param: str | None) -> None:
     error = error_of(response)
     assert response.status_code == 400
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
+
+def events_of(response: httpx.Response) -> list[dict[str, Any]]:
+    """The events of a stream of images; fails when its framing is not OpenAI's."""
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.text.endswith("\n\n")
+    events = []
+    for event in response.text[:-2].split("\n\n"):
+        kind, data = event.split("\n")
+        assert kind.startswith("event: ") and data.startswith("data: ")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert kind.removeprefix("event: ") == events[-1].get("type", "error")
+    return events
 
 
 def chunks_of(response: httpx.Response) -> list[dict[str, Any]]:

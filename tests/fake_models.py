@@ -1,4 +1,4 @@
-"""Language and image models that do what they are told, for engines that are tested without weights."""
+"""Language models that do what they are told, for engines that are tested without weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 
-from blaze.engines.diffusion.pipelines import LoadedPipeline
 from blaze.engines.llm.kv_cache import KVCache
 from blaze.engines.llm.loading import ServedModel
 from blaze.engines.llm.model import LoadedModel
@@ -120,57 +118,3 @@ class ScriptedRunner:
         logits[token] = 100.0
         self.shape(logits, work)
         return logits
-
-
-class FakePipeline:
-    """Draws its seed as a grey level; counts its steps on itself, as diffusers pipelines do."""
-
-    def __init__(self) -> None:
-        self.scheduler = SimpleNamespace(step_index=0)
-        self.num_timesteps = 0
-        self.calls: list[str] = []
-        self.before_step: Callable[[str, int], None] = lambda _prompt, _step: None
-
-    def __call__(
-        self,
-        prompt: list[str],
-        generator: list[torch.Generator],
-        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]],
-        output_type: str,
-        num_inference_steps: int = 4,
-        height: int = 8,
-        width: int = 8,
-    ) -> SimpleNamespace:
-        self.calls.append(prompt[0])
-        self.num_timesteps = num_inference_steps
-        for step in range(num_inference_steps):
-            self.before_step(prompt[0], step)
-            assert self.scheduler.step_index == step, "another call moved this call's scheduler"
-            self.scheduler.step_index += 1
-            callback_on_step_end(self, step, 0, {})
-        levels = [
-            float("nan") if p == "nan" else g.initial_seed() % 256 / 255
-            for p, g in zip(prompt, generator, strict=True)
-        ]
-        return SimpleNamespace(
-            images=[np.full((height, width, 3), level, dtype=np.float32) for level in levels]
-        )
-
-
-def fake_pipeline(pipeline: FakePipeline) -> LoadedPipeline:
-    return LoadedPipeline(
-        pipeline=pipeline,
-        accepts=frozenset(
-            {
-                "prompt",
-                "generator",
-                "callback_on_step_end",
-                "output_type",
-                "num_inference_steps",
-                "height",
-                "width",
-            }
-        ),
-        size_factor=8,
-        default_side=8,
-    )

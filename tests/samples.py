@@ -19,6 +19,7 @@ from blaze.types import (
     GenerateRequest,
     ImageReady,
     ImageRequest,
+    PartialImage,
     Prompt,
     Started,
     TextDelta,
@@ -52,6 +53,10 @@ def image_answer(*seeds: int) -> list[Events | Exception]:
         ImageReady(index, b"pixels-%d" % index, "png", 32, 16, seed) for index, seed in enumerate(seeds)
     ]
     return [(Started(), *images, Finished(Usage(images=len(images))))]
+
+
+def partial_image(index: int = 0, number: int = 0) -> PartialImage:
+    return PartialImage(index, number, b"preview-%d-%d" % (index, number), "png", 32, 16)
 
 
 def scored(token: str, logprob: float | None = -0.5, **likeliest: float) -> TokenLogprob:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -14,9 +15,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from blaze.api import translate
+from blaze.api import images, translate
 from blaze.api.endpoint import Endpoint, Headers, read_body
+from blaze.api.form import read_edit_form
 from blaze.api.guard import Guard
+from blaze.api.image_schemas import ImageBody, ImageGenerationRequest
 from blaze.api.keys import KeyHolder, KeyRing
 from blaze.api.limits import RateLimits
 from blaze.api.management import Management
@@ -24,21 +27,17 @@ from blaze.api.merged import MergedStream
 from blaze.api.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
-    ImageGenerationRequest,
     TextBody,
     parse,
 )
 from blaze.api.service import AnswerStream, ModelCard, Opener, Service
-from blaze.api.sse import ChunkWriter, sse
+from blaze.api.sse import ChunkWriter, EventWriter, sse
 from blaze.clock import Clock, SystemClock
-from blaze.errors import (
-    ModelNotFound,
-    NotFound,
-    RemoteError,
-)
+from blaze.engines.diffusion.inputs import own_mask
+from blaze.errors import ModelNotFound, NotFound, RemoteError
 from blaze.key_config import ApiKeyConfig
 from blaze.routing.affinity import Network, check_session_id, client_address
-from blaze.types import Caller, Failed, GenerateRequest
+from blaze.types import Caller, Failed, GenerateRequest, ImageRequest
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +64,7 @@ def create_app(
         Route("/v1/chat/completions", Endpoint("POST", handlers.chat_completions)),
         Route("/v1/completions", Endpoint("POST", handlers.completions)),
         Route("/v1/images/generations", Endpoint("POST", handlers.image_generations)),
+        Route("/v1/images/edits", Endpoint("POST", handlers.image_edits)),
         Route("/v1/models", Endpoint("GET", handlers.models)),
         Route("/v1/models/{name:path}", Endpoint("GET", handlers.model)),
         Route("/health", Endpoint("GET", handlers.health)),
@@ -86,6 +86,7 @@ class _Handlers:
         self._guard = guard
         self._max_body_bytes = max_body_bytes
         self._trusted = trusted
+        self._looking = asyncio.Lock()  # at the pixels of edited images: one at a time, for its memory
 
     # --- Text ---------------------------------------------------------------------------------------
 
@@ -124,9 +125,41 @@ class _Handlers:
     async def image_generations(self, http: HTTPRequest) -> Response:
         holder = self._guard.admit(http)
         body = parse(ImageGenerationRequest, await read_body(http, self._max_body_bytes))
-        request = translate.image_request(body, http.scope["blaze.request_id"], self._caller(http, body.user))
+        request = self._image_request(http, body, body.image, body.mask)
+        return await self._answer_images(
+            http, holder, request, "image_generation", streamed=bool(body.stream)
+        )
+
+    async def image_edits(self, http: HTTPRequest) -> Response:
+        holder = self._guard.admit(http)
+        form = await read_edit_form(http, self._max_body_bytes)
+        mask = form.mask
+        if mask is None:
+            async with self._looking:
+                mask = await asyncio.to_thread(own_mask, form.image)
+        request = self._image_request(http, form.body, form.image, mask)
+        return await self._answer_images(http, holder, request, "image_edit", streamed=bool(form.body.stream))
+
+    def _image_request(
+        self, http: HTTPRequest, body: ImageBody, image: bytes | None, mask: bytes | None
+    ) -> ImageRequest:
+        caller = self._caller(http, body.user)
+        return images.image_request(body, http.scope["blaze.request_id"], caller, image=image, mask=mask)
+
+    async def _answer_images(
+        self,
+        http: HTTPRequest,
+        holder: KeyHolder,
+        request: ImageRequest,
+        kind: Literal["image_generation", "image_edit"],
+        *,
+        streamed: bool,
+    ) -> Response:
         stream = await self._begin(http, holder, lambda opener: opener.open(request))
-        return JSONResponse(translate.images_object(await _collect(stream), int(time.time())))
+        if streamed:
+            writer = images.ImageEventWriter(kind, request.n, progress=request.progress)
+            return _EventStream(stream, writer)
+        return JSONResponse(images.images_object(await _collect(stream), int(time.time())))
 
     # --- About the service --------------------------------------------------------------------------
 
@@ -189,7 +222,7 @@ class _EventStream(Response):
     message: for a short answer that is one write to the socket instead of two.
     """
 
-    def __init__(self, stream: AnswerStream, writer: ChunkWriter) -> None:
+    def __init__(self, stream: AnswerStream, writer: EventWriter) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -96,17 +96,20 @@ def _request_id(scope: Scope) -> str:
 
 async def read_body(http: HTTPRequest, max_bytes: int) -> bytes:
     """The body; refused as soon as it is known to be too large."""
+    return b"".join([chunk async for chunk in body_chunks(http, max_bytes)])
+
+
+async def body_chunks(http: HTTPRequest, max_bytes: int) -> AsyncGenerator[bytes]:
+    """The body as it arrives. Raises :class:`PayloadTooLarge` as soon as it is known to be too large."""
     declared = http.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:
         raise PayloadTooLarge(f"The body may have {max_bytes} bytes.")
-    chunks: list[bytes] = []
     size = 0
     async for chunk in http.stream():
         size += len(chunk)
         if size > max_bytes:
             raise PayloadTooLarge(f"The body may have {max_bytes} bytes.")
-        chunks.append(chunk)
-    return b"".join(chunks)
+        yield chunk
 
 
 def error_response(info: ErrorInfo, headers: Mapping[str, str] = MappingProxyType({})) -> Response:

@@ -7,7 +7,8 @@ strict: ``"5"`` and ``true`` are not integers.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -22,7 +23,6 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 4096
 MAX_STOP_TOKENS = 128
 MAX_CHOICES = 128  # of one request, all prompts together
-MAX_IMAGES = 16
 
 Seed = Annotated[int, Field(ge=-SEED_BOUND, lt=SEED_BOUND)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -167,31 +167,6 @@ class CompletionRequest(TextBody):
         return (cast("tuple[int, ...]", self.prompt),)
 
 
-class ImageGenerationRequest(Body):
-    UNSUPPORTED: ClassVar[dict[str, tuple[object, ...]]] = {
-        "stream": (False,),
-        "quality": ("auto", "standard"),
-        "background": ("auto", "opaque"),
-        "style": (),
-    }
-
-    prompt: Annotated[str, Field(max_length=32_000)]
-    n: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = None
-    size: str | None = None
-    response_format: Literal["b64_json"] | None = None
-    output_format: Literal["png", "jpeg", "webp"] | None = None
-    stream: bool | None = None
-    quality: str | None = None
-    background: str | None = None
-    style: str | None = None
-    user: str | None = None
-    # Under diffusers' names.
-    num_inference_steps: Count | None = None
-    guidance_scale: Annotated[Number, Field(ge=0, le=1000)] | None = None
-    negative_prompt: Annotated[str, Field(max_length=32_000)] | None = None
-    seed: Seed | None = None
-
-
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
@@ -200,8 +175,20 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise _invalid(first["type"], first["loc"], first["msg"]) from None
+        raise _first_of(error) from None
+
+
+def parse_fields(schema: type[Schema], fields: Mapping[str, object]) -> Schema:
+    """Raises :class:`InvalidRequest` naming the first wrong field."""
+    try:
+        return schema.model_validate(fields)
+    except ValidationError as error:
+        raise _first_of(error) from None
+
+
+def _first_of(error: ValidationError) -> InvalidRequest:
+    first = error.errors(include_url=False, include_input=False)[0]
+    return _invalid(first["type"], first["loc"], first["msg"])
 
 
 def _invalid(kind: str, loc: tuple[int | str, ...], message: str) -> InvalidRequest:

@@ -1,6 +1,6 @@
-"""Server-sent events of a text stream, in OpenAI's framing.
+"""Server-sent events of an answer, and those of a text stream in OpenAI's framing.
 
-Each event is ``data: `` + one line of JSON + a blank line; ``[DONE]`` comes once and last. After an
+Each event of a text is ``data: `` + one line of JSON + a blank line; ``[DONE]`` comes once and last. After an
 error in mid-stream: the error as an event, then ``[DONE]``, and no finish reason.
 """
 
@@ -10,7 +10,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from blaze.api.logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from blaze.api.service import AnswerStream
@@ -23,6 +23,12 @@ logger = logging.getLogger(__name__)
 DONE = "data: [DONE]\n\n"
 
 _json = json.JSONEncoder().encode  # what json.dumps calls in the end
+
+
+class EventWriter(Protocol):
+    def write(self, event: Event) -> str:
+        """The event as it goes over the wire; empty for what this stream does not show."""
+        ...
 
 
 class ChunkWriter:
@@ -94,7 +100,7 @@ class ChunkWriter:
         return f'{self._head}"choices": [], "usage": {json.dumps(usage_object(event.usage))}}}\n\n'
 
 
-async def sse(stream: AnswerStream, writer: ChunkWriter) -> AsyncIterator[tuple[str, bool]]:
+async def sse(stream: AnswerStream, writer: EventWriter) -> AsyncIterator[tuple[str, bool]]:
     """The whole stream as (text, whether it is the last); the response that sends it also closes it."""
     try:
         async for events in stream:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from blaze.api.logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from blaze.api.messages import Message
-from blaze.api.schemas import ChatCompletionRequest, CompletionRequest, ImageGenerationRequest, TextBody
-from blaze.errors import ErrorInfo, InvalidRequest
+from blaze.api.schemas import ChatCompletionRequest, CompletionRequest, TextBody
+from blaze.errors import ErrorInfo
 from blaze.sampling_params import SamplingParams
 from blaze.types import (
     Caller,
@@ -24,15 +22,11 @@ from blaze.types import (
     FinishReason,
     GenerateRequest,
     ImageReady,
-    ImageRequest,
     TextDelta,
     TextPrompt,
     TokenPrompt,
     Usage,
 )
-
-_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
-
 
 # --- Requests --------------------------------------------------------------------------------------
 
@@ -78,24 +72,6 @@ def completion_requests(
     )
 
 
-def image_request(body: ImageGenerationRequest, request_id: str, caller: Caller) -> ImageRequest:
-    width, height = _size(body.size)
-    return ImageRequest(
-        request_id=request_id,
-        model=body.model,
-        prompt=body.prompt,
-        negative_prompt=body.negative_prompt,
-        n=body.n or 1,
-        width=width,
-        height=height,
-        num_inference_steps=body.num_inference_steps,
-        guidance_scale=body.guidance_scale,
-        seed=body.seed,
-        output_format=body.output_format or "png",
-        caller=caller,
-    )
-
-
 def _message(message: Message) -> ChatMessage:
     content = message.content
     return ChatMessage(
@@ -129,15 +105,6 @@ def _sampling(
         logprobs=logprobs,
         echo=echo,
     )
-
-
-def _size(size: str | None) -> tuple[int | None, int | None]:
-    if size is None or size == "auto":
-        return None, None
-    match = _SIZE.fullmatch(size)
-    if match is None or int(match[1]) < 1 or int(match[2]) < 1:
-        raise InvalidRequest("size: expected WIDTHxHEIGHT in pixels, or auto.", param="size")
-    return int(match[1]), int(match[2])
 
 
 # --- Answers ---------------------------------------------------------------------------------------
@@ -224,20 +191,6 @@ def _text_object(
         "model": model,
         "choices": choices,
         "usage": usage_object(answer.usage),
-    }
-
-
-def images_object(answer: Answer, created: int) -> dict[str, Any]:
-    """OpenAI's images object; ``seed`` draws the image again."""
-    ordered = sorted(answer.images, key=lambda image: image.index)
-    return {
-        "created": created,
-        "data": [
-            {"b64_json": base64.b64encode(image.data).decode("ascii"), "seed": image.seed}
-            for image in ordered
-        ],
-        "output_format": ordered[0].format if ordered else None,
-        "size": f"{ordered[0].width}x{ordered[0].height}" if ordered else None,
     }
 
 

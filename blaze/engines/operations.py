@@ -22,8 +22,9 @@ _TEXT = ("generate", "batch_generate")
 _OFFERED: dict[EngineKind, tuple[str, ...]] = {
     EngineKind.LLM: _TEXT,
     EngineKind.SIMULATOR: _TEXT,
-    EngineKind.DIFFUSION: ("generate", "generate_batch"),
+    EngineKind.DIFFUSION: ("generate", "generate_batch", "img2img", "inpaint"),
 }
+_NEEDED = {"img2img": ("image",), "inpaint": ("image", "mask")}
 _LATER = "is not available in this version"
 _NO_TEXT = {
     "generate_stream": "has no whole result; read the events of a stream from `run`",
@@ -32,7 +33,7 @@ _NO_TEXT = {
 _REFUSED: dict[EngineKind, dict[str, str]] = {
     EngineKind.LLM: _NO_TEXT,
     EngineKind.SIMULATOR: _NO_TEXT,
-    EngineKind.DIFFUSION: dict.fromkeys(("img2img", "inpaint", "upscale"), _LATER),
+    EngineKind.DIFFUSION: {"upscale": _LATER},
 }
 
 
@@ -58,8 +59,9 @@ def translate(kind: EngineKind, operation: str, params: Mapping[str, object], *,
     make = image_request if kind is EngineKind.DIFFUSION else text_request
     is_batch = operation in _BATCHES
     name = "prompts" if is_batch else "prompt"
-    if name not in params:
-        raise InvalidRequest(f"{name}: is missing.", param=name)
+    for needed in (name, *_NEEDED.get(operation, ())):
+        if params.get(needed) is None:
+            raise InvalidRequest(f"{needed}: is missing.", param=needed)
     shared = {key: value for key, value in params.items() if key != name}
     if not is_batch:
         return Call((make(_new_id(), model, params[name], shared),), is_batch=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import psutil
 import torch
 
 from blaze.errors import ConfigError
@@ -43,3 +44,11 @@ def has_native_bfloat16(device: torch.device) -> bool:
 def set_threads(threads: int) -> None:
     """Ray caps the math threads of a replica at its num_cpus; an engine sets its own number."""
     torch.set_num_threads(threads)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    return int(psutil.virtual_memory().available)

@@ -22,6 +22,7 @@ from blaze.types import (
     Failed,
     Finished,
     GenerateRequest,
+    ImageRequest,
     Progress,
     ReplicaId,
     Request,
@@ -89,22 +90,30 @@ class Attempt:
         )
 
     async def begin(self) -> None:
-        """Wait for the first content. What comes before it (``Started``, ``Progress``) commits to nothing:
-        until content arrives, the request can begin anew on another replica."""
+        """Wait for the first content. What comes before it (``Started``, ``Progress`` that nobody asked for)
+        commits to nothing: until content arrives, the request can begin anew on another replica."""
         events: Events = ()
         while True:
             events += await self._next()
             last = events[-1]
-            if isinstance(last, Failed) and not any(map(_is_content, events)):
+            has_content = any(map(self._is_content, events))
+            if isinstance(last, Failed) and not has_content:
                 self.error = last.error
                 died = last.error.replica_gone and last.error.is_failure
                 self.died_at_work = died and isinstance(events[0], Started)
                 self._first = (last,)
                 return
-            if any(map(_is_content, events)):
+            if has_content:
                 self._first = events
                 self._note_first_content(events)
                 return
+
+    def _is_content(self, event: Event) -> bool:
+        """Something that is shown to whoever reads the answer: a preview is, and a step where they were
+        asked for."""
+        if isinstance(event, Progress):
+            return isinstance(self._request, ImageRequest) and self._request.progress
+        return not isinstance(event, Started | Failed)
 
     def __aiter__(self) -> Self:
         return self
@@ -225,10 +234,6 @@ class Attempt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
-
-
-def _is_content(event: Event) -> bool:
-    return not isinstance(event, Started | Progress | Failed)
 
 
 def _failed(error: BlazeError) -> Events:

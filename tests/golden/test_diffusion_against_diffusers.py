@@ -68,7 +68,7 @@ async def test_case_38_requests_at_once_share_no_scheduler_state(engine: Diffusi
     steps = (10, 7, 12)
     answers = await asyncio.gather(
         *(
-            _events(engine, f"a {word}", seed=1, num_inference_steps=n)
+            _events(engine, f"a {word}", seed=1, num_inference_steps=n, progress=True)
             for word, n in zip(("two", "five", "nine"), steps, strict=True)
         )
     )
@@ -83,7 +83,8 @@ async def test_the_models_own_defaults_are_used_for_what_is_left_out(engine: Dif
 
 
 async def test_case_43_a_caller_that_leaves_stops_the_drawing_within_a_step(engine: DiffusionEngine) -> None:
-    stream = engine.run(ImageRequest("r", "digits", "a one", num_inference_steps=200, timeout_s=120))
+    request = ImageRequest("r", "digits", "a one", num_inference_steps=200, progress=True, timeout_s=120)
+    stream = engine.run(request)
     seen = 0
     async for batch in stream:
         seen += sum(isinstance(event, Progress) for event in batch)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import re
 import socket
@@ -305,3 +306,146 @@ def test_status_as_json_is_what_the_api_gives() -> None:
     with management(cluster=cluster()) as (url, _asked):
         shown = run("status", "--json", "--url", url)
     assert json.loads(shown.stdout) == cluster()
+
+
+# --- Images ------------------------------------------------------------------------------------------
+
+PICTURE = base64.b64encode(b"pixels").decode()
+
+
+def event(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"type": kind, "b64_json": PICTURE, "size": "32x32", "index": 0} | fields
+
+
+@contextmanager
+def drawing(*events: dict[str, Any], status: int = 200) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+    """A server that streams these events, and notes what it is asked: path and body."""
+    asked: list[tuple[str, bytes]] = []
+    written = "".join(f"event: {e.get('type')}\ndata: {json.dumps(e)}\n\n" for e in events)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer(
+                b'{"models": [{"name": "llm", "engine": "llm"}, {"name": "d", "engine": "diffusion"}]}', 200
+            )
+
+        def do_POST(self) -> None:
+            asked.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self._answer(written.encode() if status == 200 else json.dumps(events[0]).encode(), status)
+
+        def _answer(self, body: bytes, status: int) -> None:
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_args: object) -> None:
+            """Not on the test's own output."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_image_writes_what_was_drawn_and_says_its_seed(tmp_path: Path) -> None:
+    target = tmp_path / "seven.jpg"
+    events = ({"type": "blaze.progress", "step": 1, "total": 2}, event("image_generation.completed", seed=7))
+    with drawing(*events) as (url, asked):
+        result = run(
+            "image", "a seven", "-o", str(target), "--url", url, "--scheduler", "euler", "--seed", "7"
+        )
+    assert result.exit_code == 0, result.output
+    assert target.read_bytes() == b"pixels"
+    assert result.stdout.split() == [str(target), "32x32,", "seed", "7"]
+    ((path, body),) = asked
+    assert path == "/v1/images/generations"
+    assert json.loads(body) == {
+        "model": "d",
+        "prompt": "a seven",
+        "n": 1,
+        "seed": 7,
+        "scheduler": "euler",
+        "output_format": "jpeg",
+        "partial_images": 0,
+        "progress": True,
+        "stream": True,
+    }
+
+
+def test_image_writes_several_images_and_their_previews_to_files_of_their_own(tmp_path: Path) -> None:
+    events = [event("image_generation.partial_image", index=i, partial_image_index=0) for i in (0, 1)]
+    events += [event("image_generation.completed", index=i, seed=i) for i in (1, 0)]
+    with drawing(*events) as (url, asked):
+        args = ("--n", "2", "--partial", "1", "--guidance-scale", "3", "--negative-prompt", "blurry")
+        result = run("image", "a seven", "-o", str(tmp_path / "a.png"), "--url", url, *args)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        *("a-1-partial-0.png", "a-1.png", "a-2-partial-0.png", "a-2.png"),
+    ]
+    sent = json.loads(asked[0][1])
+    assert (sent["n"], sent["partial_images"], sent["guidance_scale"], sent["negative_prompt"]) == (
+        2,
+        1,
+        3,
+        "blurry",
+    )
+
+
+def test_image_edits_a_file_with_a_mask(tmp_path: Path) -> None:
+    given, mask, target = tmp_path / "given.png", tmp_path / "mask.png", tmp_path / "out.webp"
+    given.write_bytes(b"given-bytes")
+    mask.write_bytes(b"mask-bytes")
+    with drawing(event("image_edit.completed", seed=1)) as (url, asked):
+        args = (
+            "--image",
+            str(given),
+            "--mask",
+            str(mask),
+            "--strength",
+            "0.5",
+            "-o",
+            str(target),
+            "--url",
+            url,
+        )
+        result = run("image", "a seven", *args)
+    assert result.exit_code == 0, result.output
+    assert target.read_bytes() == b"pixels"
+    ((path, body),) = asked
+    assert path == "/v1/images/edits"
+    assert b"given-bytes" in body and b"mask-bytes" in body
+    assert b'name="strength"\r\n\r\n0.5\r\n' in body
+    assert b'name="stream"\r\n\r\ntrue\r\n' in body
+    assert b'name="seed"' not in body
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--image", "/nowhere/a.png"), "/nowhere/a.png"),
+        (("--mask", "/nowhere/a.png"), "--image"),
+    ],
+)
+def test_image_of_a_file_that_there_is_not_is_one_line(
+    tmp_path: Path, args: tuple[str, ...], says: str
+) -> None:
+    with drawing() as (url, asked):
+        assert_one_line(run("image", "a seven", "-o", str(tmp_path / "a.png"), "--url", url, *args), says)
+    assert asked == []
+
+
+def test_an_error_is_one_line_whether_it_comes_first_or_after_a_preview(tmp_path: Path) -> None:
+    error = {"error": {"message": "It broke."}}
+    target = str(tmp_path / "a.png")
+    with drawing(error, status=400) as (url, _asked):
+        assert_one_line(run("image", "a seven", "-o", target, "--url", url), "It broke.")
+    with drawing(event("image_generation.partial_image", partial_image_index=0), error) as (url, _asked):
+        result = run("image", "a seven", "-o", target, "--url", url, "--partial", "1")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == ["blaze: It broke."]
+    assert not Path(target).exists()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -16,10 +17,10 @@ from blaze.errors import (
     ReplicaStopping,
     ReplicaUnreachable,
 )
-from blaze.types import Event, Failed, GenerateRequest, ImageRequest, Progress, Request, Started
+from blaze.types import Event, Failed, Finished, GenerateRequest, ImageRequest, Progress, Request, Started
 from tests.fakes import FakePool, Script, answer
 from tests.routing_bench import RoutingBench
-from tests.samples import image_answer, image_request, terminals, text_of, text_request
+from tests.samples import image_answer, image_request, partial_image, terminals, text_of, text_request
 from tests.waiting import until
 
 
@@ -60,6 +61,28 @@ async def test_case_28_a_failure_before_the_first_content_is_retried_without_a_s
     assert text_of(events) == "ok"
     assert sum(isinstance(event, Started) for event in events) == 1
     assert len(terminals(events)) == 1
+    assert len(bench.called) == 2
+
+
+@pytest.mark.parametrize(
+    ("shown", "asked"),
+    [(Progress(1, 9), {"progress": True}), (partial_image(), {"partial_images": 1})],
+    ids=["a step that was asked for", "a preview"],
+)
+async def test_what_a_reader_was_shown_of_an_image_commits_its_request(
+    shown: Event, asked: dict[str, Any]
+) -> None:
+    script: Script = [(Started(),), (shown,), EngineFailure("raised")]
+    bench = RoutingBench(FakePool(next_scripts=[script, image_answer(1)]))
+    events = await bench.ask(image_request(**asked))
+    assert [type(event) for event in events] == [Started, type(shown), Failed]
+    assert len(bench.called) == 1
+
+
+async def test_steps_that_nobody_asked_for_commit_nothing() -> None:
+    script: Script = [(Started(), Progress(1, 9)), EngineFailure("raised")]
+    bench = RoutingBench(FakePool(next_scripts=[script, image_answer(1)]))
+    assert isinstance((await bench.ask(image_request()))[-1], Finished)
     assert len(bench.called) == 2
 
 

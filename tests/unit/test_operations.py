@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,6 +65,59 @@ def test_parameters_become_the_fields_of_an_image_request() -> None:
     request = image(negative_prompt="eight", n=2, seed=3, width=8, output_format="webp", timeout_s=1.5)
     assert (request.prompt, request.negative_prompt, request.n, request.seed) == ("seven", "eight", 2, 3)
     assert (request.model, request.width, request.output_format, request.timeout_s) == ("m", 8, "webp", 1.5)
+
+
+def test_diffusers_parameters_become_fields_too() -> None:
+    given: dict[str, Any] = {
+        "strength": 0.5,
+        "scheduler": "euler",
+        "eta": 1,
+        "clip_skip": 2,
+        "partial_images": 2,
+        "progress": True,
+        "output_format": "jpeg",
+        "output_compression": 50,
+        "mask": b"mask",
+    }
+    request = image(**given, image=bytearray(b"file"), adapters={"ink": 0.5})
+    assert {name: getattr(request, name) for name in given} == given
+    assert (request.image, request.adapters) == (b"file", (("ink", 0.5),))
+    assert image(adapters=[["ink", 0.5]]).adapters == (("ink", 0.5),)
+    nothing = image(adapters=None, image=None, output_compression=None)
+    assert nothing == replace(image(), request_id=nothing.request_id)
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        *(({"image": value}, "image") for value in ("file", b"", 5, ["file"])),
+        ({"mask": "file", "image": b"file"}, "mask"),
+        ({"mask": b"file"}, "mask"),
+        *(
+            ({"strength": value, "image": b"file"}, "strength")
+            for value in (1.1, -1, "much", True, float("nan"))
+        ),
+        ({"strength": 0.5}, "strength"),
+        ({"scheduler": 5}, "scheduler"),
+        ({"eta": 2}, "eta"),
+        ({"clip_skip": 0}, "clip_skip"),
+        *(
+            ({"adapters": value}, "adapters")
+            for value in ("ink", 5, {"ink": "x"}, {5: 1}, [["ink"]], {"ink": 11})
+        ),
+        *(({"partial_images": value}, "partial_images") for value in (4, -1, True, None)),
+        *(({"progress": value}, "progress") for value in (1, "yes", None)),
+        *(
+            ({"output_compression": value, "output_format": "webp"}, "output_compression")
+            for value in (101, -1, 0.5)
+        ),
+        ({"output_compression": 50}, "output_compression"),
+        ({"caller": None}, "caller"),
+        ({"request_id": "x"}, "request_id"),
+    ],
+)
+def test_a_wrong_parameter_of_an_image_is_refused_by_name(given: dict[str, Any], param: str) -> None:
+    assert refused(DIFFUSION, "generate", prompt="seven", **given).param == param
 
 
 @pytest.mark.parametrize(
@@ -209,12 +263,32 @@ def test_streams_are_not_whole_results(kind: EngineKind) -> None:
 
 
 @pytest.mark.parametrize(
+    ("operation", "given", "missing"),
+    [
+        ("img2img", {"image": b"file"}, None),
+        ("img2img", {}, "image"),
+        ("img2img", {"image": None}, "image"),
+        ("inpaint", {"image": b"file", "mask": b"file"}, None),
+        ("inpaint", {"image": b"file"}, "mask"),
+        ("inpaint", {"mask": b"file"}, "image"),
+    ],
+)
+def test_an_image_is_begun_with_or_edited_by_the_name_of_that(
+    operation: str, given: dict[str, Any], missing: str | None
+) -> None:
+    if missing is not None:
+        assert refused(DIFFUSION, operation, prompt="seven", **given).param == missing
+        return
+    request = one_request(DIFFUSION, operation, prompt="seven", strength=0.5, **given)
+    assert isinstance(request, ImageRequest)
+    assert (request.image, request.mask, request.strength) == (b"file", given.get("mask"), 0.5)
+
+
+@pytest.mark.parametrize(
     ("kind", "operation"),
     [
         (LLM, "embed"),
         (SIMULATOR, "embed"),
-        (DIFFUSION, "img2img"),
-        (DIFFUSION, "inpaint"),
         (DIFFUSION, "upscale"),
     ],
 )

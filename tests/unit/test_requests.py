@@ -63,6 +63,17 @@ def test_a_wrong_field_of_a_text_request_is_refused_by_name(fields: dict[str, An
         *(({"num_inference_steps": value}, "num_inference_steps") for value in (0, "5")),
         *(({"guidance_scale": value}, "guidance_scale") for value in (-1, NAN, "5")),
         *(({"seed": value}, "seed") for value in (SEED_BOUND, 0.5)),
+        *(({"strength": value, "image": b"x"}, "strength") for value in (-0.1, 1.1, NAN, "1", True)),
+        *(({"eta": value}, "eta") for value in (-0.1, 1.1, NAN)),
+        *(({"clip_skip": value}, "clip_skip") for value in (0, 1.5)),
+        *(({"output_compression": value}, "output_compression") for value in (-1, 101, 50.0)),
+        *(({"partial_images": value}, "partial_images") for value in (-1, 4, True)),
+        *(
+            ({"adapters": (value,)}, "adapters")
+            for value in (("ink", NAN), ("ink", 11), (5, 1), ("ink", None))
+        ),
+        ({"mask": b"x"}, "mask"),
+        ({"strength": 0.5}, "strength"),
     ],
 )
 def test_a_wrong_image_parameter_is_refused_by_name(fields: dict[str, Any], named: str) -> None:

@@ -1,56 +1,38 @@
-"""The diffusion engine: requests wait their turn, a compute thread draws one after another."""
+"""The diffusion engine: requests are checked as they come, and join the others at the next step."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from dataclasses import dataclass
+import queue
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from blaze.clock import Clock
 from blaze.engine_config import DiffusionConfig
-from blaze.engines.channel import EventChannel
-from blaze.engines.diffusion.images import encode, to_image
-from blaze.engines.diffusion.pipelines import (
-    LoadedPipeline,
-    call_pipeline,
-    check_request,
-    load_pipeline,
-    seeds,
-)
+from blaze.engines.channel import Bell, EventChannel
+from blaze.engines.diffusion.job import Job
+from blaze.engines.diffusion.loop import DiffusionLoop
+from blaze.engines.diffusion.parameters import check_request
+from blaze.engines.diffusion.pipelines import LoadedPipeline, load_pipeline
+from blaze.engines.diffusion.sizing import Inputs, read_inputs
+from blaze.engines.diffusion.writer import ImageWriter
 from blaze.engines.threaded import ThreadedEngine
-from blaze.errors import (
-    BlazeError,
-    Cancelled,
-    DeadlineExceeded,
-    EngineFailure,
-    InvalidRequest,
-    ReplicaStopping,
-)
+from blaze.errors import BlazeError, EngineFailure, InvalidRequest, ReplicaStopping
 from blaze.models.sources import ModelSource
-from blaze.types import (
-    EngineKind,
-    Failed,
-    Finished,
-    ImageReady,
-    ImageRequest,
-    Progress,
-    Request,
-    Started,
-    Usage,
-)
+from blaze.reports import EngineStatus
+from blaze.types import EngineKind, ImageRequest, Request
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Job:
-    request: ImageRequest
-    channel: EventChannel
-    deadline: float | None
-
-
-class DiffusionEngine(ThreadedEngine[_Job, LoadedPipeline]):
-    """One request after another: a request that arrives while one is drawn waits for its end."""
+class DiffusionEngine(ThreadedEngine[Job, LoadedPipeline]):
+    """Batches requests at the denoiser: see :mod:`blaze.engines.diffusion.loop`."""
 
     kind = EngineKind.DIFFUSION
 
@@ -68,54 +50,78 @@ class DiffusionEngine(ThreadedEngine[_Job, LoadedPipeline]):
         self._options = options
         self._threads = threads
         self._cache = cache
+        self._bell = Bell()
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="image-reader")  # one at a time: for memory
 
     def _load(self) -> LoadedPipeline:
         return load_pipeline(self._source, self._options, self._threads, self._cache)
 
-    async def _admit(self, loaded: LoadedPipeline, request: Request) -> _Job:
+    async def stop(self) -> None:
+        await super().stop()
+        self._reading.shutdown(wait=False)
+
+    async def get_health_status(self) -> EngineStatus:
+        status = await super().get_health_status()
+        reason = None if self._loaded is None else self._loaded.whole_because
+        if reason is None or status.detail is not None:
+            return status
+        return replace(status, detail=f"requests run whole, one after another: {reason}")
+
+    async def _admit(self, loaded: LoadedPipeline, request: Request) -> Job:
         if not isinstance(request, ImageRequest):
             raise InvalidRequest("This model generates images, not text.", param="model")
+        arrival = self._clock.now()
         check_request(request, loaded, self._options)
-        deadline = None if request.timeout_s is None else self._clock.now() + request.timeout_s
-        return _Job(request, EventChannel(), deadline)
+        inputs = Inputs(request)
+        if request.image is not None:
+            read = partial(read_inputs, size_factor=loaded.size_factor, max_pixels=self._options.max_pixels)
+            inputs = await asyncio.get_running_loop().run_in_executor(self._reading, read, request)
+            self._ready()  # it may have stopped in the meantime
+        return Job(
+            inputs.request,
+            EventChannel(self._bell),
+            self._clock,
+            deadline=None if request.timeout_s is None else arrival + request.timeout_s,
+            image=inputs.image,
+            mask=inputs.mask,
+        )
 
     # --- The compute thread ------------------------------------------------------------------------
 
     def _work(self, loaded: LoadedPipeline) -> None:
-        while (job := self._waiting.get()) is not None:
-            self._run(loaded, job)  # which ends at once when the engine is stopping
-
-    def _run(self, loaded: LoadedPipeline, job: _Job) -> None:
+        writer = ImageWriter(self._bell)
+        loop = DiffusionLoop(
+            loaded,
+            self._options,
+            writer=writer,
+            progress=self._progress,
+            stopping=self._stopping,
+            launching=self._bell.ring,
+        )
+        end: BlazeError = ReplicaStopping("The replica is shutting down.")
         try:
-            with self._progress.running(1):
-                self._check_wanted(job)
-                self._draw(loaded, job)
-        except BlazeError as error:
-            job.channel.put(Failed(error.info))
-        except Exception as error:
-            logger.exception("request %s failed", job.request.request_id)
-            job.channel.put(Failed(EngineFailure(f"The pipeline failed: {type(error).__name__}.").info))
+            # News of a step leaves while the next one is computed; a request that runs whole has no next one.
+            quiet = self._bell.held() if loop.merges else nullcontext()
+            with torch.inference_mode(), quiet:
+                while not self._stopping.is_set():
+                    self._take_new(loop)
+                    loop.step()
+        except Exception:
+            logger.exception("the engine gives up")  # its status says failed from here on
+            end = EngineFailure("The engine has failed.")
+        finally:
+            loop.end(end)
+            writer.close()
 
-    def _draw(self, loaded: LoadedPipeline, job: _Job) -> None:
-        request = job.request
-        job.channel.put(Started())
-
-        def step_done(step: int, total: int) -> None:
-            self._progress.step()
-            self._check_wanted(job)
-            job.channel.put(Progress(step, total))
-
-        images = [to_image(pixels) for pixels in call_pipeline(loaded, request, step_done)]
-        for index, (image, seed) in enumerate(zip(images, seeds(request), strict=True)):
-            data = encode(image, request.output_format)
-            job.channel.put(ImageReady(index, data, request.output_format, image.width, image.height, seed))
-        job.channel.put(Finished(Usage(images=len(images))))
-
-    def _check_wanted(self, job: _Job) -> None:
-        """Ends a call whose reader left or whose time is up; called before it and after every step."""
-        if job.channel.abandoned:
-            raise Cancelled("The caller left.")
-        if self._stopping.is_set():
-            raise ReplicaStopping("The replica is shutting down.")
-        if job.deadline is not None and self._clock.now() >= job.deadline:
-            raise DeadlineExceeded("The deadline passed before the image was complete.")
+    def _take_new(self, loop: DiffusionLoop) -> None:
+        """All that wait; when there is nothing else to do, wait for one."""
+        idle = loop.is_idle
+        if idle:
+            self._bell.ring()
+        try:
+            job = self._waiting.get(block=idle)
+            while job is not None:
+                loop.add(job)
+                job = self._waiting.get_nowait()
+        except queue.Empty:
+            pass

@@ -1,129 +1,266 @@
-"""Loading a diffusers pipeline, and calling it for one request without touching shared state."""
+"""Loading a diffusers pipeline, and its variants for images and masks: one set of modules for all."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
-from blaze.checks import SEED_BOUND
 from blaze.engine_config import DiffusionConfig
-from blaze.engines.diffusion.images import Pixels
-from blaze.engines.torch_setup import choose_device, choose_dtype, set_threads
-from blaze.errors import InvalidRequest, ModelSourceError
-from blaze.models.cache import local_model
-from blaze.models.sources import GGUFSource, HubSource, ModelSource
+from blaze.engines.diffusion.adapters import AdapterSwitch, load_adapters
+from blaze.engines.diffusion.class_source import checked_side_factors
+from blaze.engines.diffusion.denoisers import denoiser_name, why_whole
+from blaze.engines.diffusion.files import check_fits, local_folder, read_index
+from blaze.engines.diffusion.memory import apply_options, check_hardware, quantization_config
+from blaze.engines.diffusion.safety import SafetyChecker, take_safety_checker
+from blaze.engines.torch_setup import choose_device, choose_dtype, free_bytes, set_threads
+from blaze.errors import ModelSourceError
+from blaze.models.sources import ModelSource
 from blaze.types import ImageRequest
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-StepDone = Callable[[int, int], None]  # (steps done, of how many); raising ends the call
+logger = logging.getLogger(__name__)
+
+FreeBytes = Callable[[torch.device], int]
+
+# What requests can give to a pipeline's __call__. One that cannot do without anything else is refused.
+_GIVEN = frozenset({"self", "prompt", "image", "mask_image"})
 
 
-@dataclass(frozen=True, slots=True)
+class Task(StrEnum):
+    """What a request gives beside its prompt; unconditional pipelines count as TEXT."""
+
+    TEXT = "text"
+    IMAGE = "image"
+    INPAINT = "inpaint"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LoadedPipeline:
-    pipeline: DiffusionPipeline
-    accepts: frozenset[str]  # parameters of the pipeline's __call__
+    """A pipeline and its variants: they share every module, and each has a scheduler that calls copy."""
+
+    pipelines: Mapping[Task, DiffusionPipeline]  # the one that was loaded comes first
+    accepts: Mapping[Task, frozenset[str]]  # parameters of each one's __call__
     size_factor: int  # width and height are multiples of it
     default_side: int  # pixels; 0 where the pipeline does not say
+    denoiser: str | None  # the attribute: "unet" or "transformer"
+    whole_because: str | None  # why requests run whole, one after another; None: their steps are merged
+    is_conditional: bool  # by a prompt
+    adapters: AdapterSwitch | None = None  # None: the config names none
+    safety_checker: SafetyChecker | None = None  # None: the config does not ask for it
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The one that was loaded."""
+        return next(iter(self.pipelines.values()))
 
 
-def load_pipeline(source: ModelSource, options: DiffusionConfig, threads: int, cache: Path) -> LoadedPipeline:
-    """Blocking. Raises :class:`ModelSourceError` when the files cannot be loaded."""
+def task_of(request: ImageRequest) -> Task:
+    if request.mask is not None:
+        return Task.INPAINT
+    return Task.TEXT if request.image is None else Task.IMAGE
+
+
+def load_pipeline(
+    source: ModelSource,
+    options: DiffusionConfig,
+    threads: int,
+    cache: Path,  # noqa: ARG001 (engines are all loaded alike)
+    *,
+    free: FreeBytes = free_bytes,
+) -> LoadedPipeline:
+    """Blocking. ``free``: bytes of memory that the weights may take.
+
+    Raises :class:`ModelSourceError` when the files cannot be loaded, :class:`ConfigError` when the options
+    ask for what the pipeline or the hardware lacks, and :class:`EnvironmentProblem` when the weights would
+    not fit.
+    """
     os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
-    from diffusers import DiffusionPipeline
-
-    if isinstance(source, GGUFSource):
-        raise ModelSourceError(
-            "source: a diffusion model is a folder or a hub id, not a GGUF file", param="source"
-        )
     set_threads(threads)
     device = choose_device(options.device)
-    where = local_model(source, cache)
-    pinned = {"revision": source.revision} if isinstance(source, HubSource) and source.revision else {}
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            where,
-            dtype=choose_dtype(options.dtype, device),
-            use_safetensors=True,
-            trust_remote_code=False,
-            **pinned,
-        )
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        raise ModelSourceError(f"source {where!r} cannot be loaded: {error}", param="source") from error
-    pipeline.set_progress_bar_config(disable=True)
+    dtype = choose_dtype(options.dtype, device)
+    check_hardware(options, device, dtype)
+    folder = local_folder(source)
+    index = read_index(folder)
+    where = device if options.offload == "none" else torch.device("cpu")
+    check_fits(folder, options, str(dtype).removeprefix("torch."), free(where))
+    pipeline = _read(folder, index, options, dtype)
+    _check_kind(pipeline)
+    safety_checker = take_safety_checker(pipeline, options)
+    adapters = load_adapters(pipeline, options.loras)
+    apply_options(pipeline, options, device)
+    pipelines = _variants(pipeline)
+    for variant in pipelines.values():
+        variant.set_progress_bar_config(disable=True)
+    accepts = {task: frozenset(_parameters(variant)) for task, variant in pipelines.items()}
+    reasons = (why_whole(variant, options) for variant in pipelines.values())
     return LoadedPipeline(
-        pipeline=pipeline.to(device),
-        accepts=frozenset(inspect.signature(pipeline.__call__).parameters),
-        size_factor=int(getattr(pipeline, "vae_scale_factor", 1)),
+        pipelines=pipelines,
+        accepts=accepts,
+        size_factor=_size_factor(pipeline, {each.__class__ for each in pipelines.values()}),
         default_side=_default_side(pipeline),
+        denoiser=denoiser_name(pipeline),
+        whole_because=next((reason for reason in reasons if reason is not None), None),
+        is_conditional=any("prompt" in names for names in accepts.values()),
+        adapters=adapters,
+        safety_checker=safety_checker,
+    )
+
+
+def _read(
+    folder: Path, index: Mapping[str, Any], options: DiffusionConfig, dtype: torch.dtype
+) -> DiffusionPipeline:
+    from diffusers import DiffusionPipeline
+
+    more: dict[str, Any] = {}
+    quantization = quantization_config(options, index)
+    if quantization is not None:
+        more["quantization_config"] = quantization
+    if "safety_checker" in index and not options.safety_checker:
+        more |= {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        return DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **more
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        ImportError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        raise ModelSourceError(f"source {str(folder)!r} cannot be loaded: {error}", param="source") from error
+
+
+# --- Variants ---------------------------------------------------------------------------------------
+
+
+def _check_kind(pipeline: DiffusionPipeline) -> None:
+    """Raises :class:`ModelSourceError` for a pipeline that no request could be drawn with."""
+    parameters = _parameters(pipeline)
+    required = {name for name, each in parameters.items() if each.default is each.empty and each.kind < 2}
+    kind = type(pipeline).__name__
+    lacks = sorted(required - _GIVEN)
+    if {"num_frames", "video", "video_length"} & set(parameters):
+        raise ModelSourceError(f"source: {kind} makes videos, not images", param="source")
+    if any(name.startswith("audio") for name in parameters):
+        raise ModelSourceError(f"source: {kind} makes sound, not images", param="source")
+    if lacks:
+        raise ModelSourceError(
+            f"source: {kind} cannot do without {lacks[0]}, which requests have no field for", param="source"
+        )
+    if "control_image" in parameters or any("controlnet" in name for name in pipeline.components):
+        raise ModelSourceError(
+            f"source: {kind} needs a control image, which requests have no field for", param="source"
+        )
+
+
+def _variants(pipeline: DiffusionPipeline) -> dict[Task, DiffusionPipeline]:
+    """The pipeline for each task that it or a class beside it can do."""
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
+
+    pipelines = dict.fromkeys(_own_tasks(type(pipeline)), pipeline)
+    for task, auto in (
+        (Task.TEXT, AutoPipelineForText2Image),
+        (Task.IMAGE, AutoPipelineForImage2Image),
+        (Task.INPAINT, AutoPipelineForInpainting),
+    ):
+        if task in pipelines or not _serves(pipeline, task):
+            continue
+        try:
+            # Constructors mend what they find outdated in a scheduler's config: not in the one of the others.
+            pipelines[task] = auto.from_pipe(pipeline, scheduler=copy.deepcopy(pipeline.scheduler))
+        except ValueError:
+            continue  # there is no such class, or it needs modules that this pipeline lacks
+    return pipelines
+
+
+def _own_tasks(kind: type) -> list[Task]:
+    from diffusers.pipelines.auto_pipeline import (
+        AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        AUTO_INPAINT_PIPELINES_MAPPING,
+        AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+    )
+
+    mappings = {
+        Task.TEXT: AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+        Task.IMAGE: AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        Task.INPAINT: AUTO_INPAINT_PIPELINES_MAPPING,
+    }
+    listed = [task for task, mapping in mappings.items() if kind in mapping.values()]
+    if listed:
+        return listed
+    parameters = inspect.signature(kind.__call__).parameters
+    if "mask_image" in parameters:
+        return [Task.INPAINT]
+    return [Task.IMAGE if "image" in parameters else Task.TEXT]  # upscaling begins with an image too
+
+
+def _serves(pipeline: DiffusionPipeline, task: Task) -> bool:
+    """Whether these weights can do what the class of the variant would make them do."""
+    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+
+    denoiser, vae = _denoiser(pipeline), pipeline.components.get("vae")
+    if pipeline.config.get("requires_aesthetics_score") and task is Task.TEXT:
+        return False  # a refiner: it has learned the last steps only
+    if isinstance(denoiser, SD3Transformer2DModel) and task is Task.INPAINT:
+        return denoiser.config.in_channels in (16, 33)  # likewise on sixteen
+    if not isinstance(denoiser, UNet2DConditionModel) or vae is None:
+        return True
+    latents = vae.config.latent_channels
+    if task is Task.INPAINT:  # these classes count on four channels of latents
+        return latents == 4 and denoiser.config.in_channels in (4, 9)
+    return bool(denoiser.config.in_channels == latents)
+
+
+def _parameters(pipeline: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(pipeline.__call__).parameters
+
+
+# --- Sizes ------------------------------------------------------------------------------------------
+
+
+def _size_factor(pipeline: DiffusionPipeline, kinds: Iterable[type]) -> int:
+    """Sides that are no multiple of it would be refused by some pipelines and rounded by others.
+
+    Transformers take latents in patches: their sides are multiples of a whole patch. ``kinds``: the classes
+    of the pipeline and its variants.
+    """
+    factor = int(getattr(pipeline, "vae_scale_factor", 1))
+    denoiser = _denoiser(pipeline)
+    patch = getattr(getattr(denoiser, "config", None), "patch_size", None)
+    processor = getattr(getattr(pipeline, "image_processor", None), "config", {})
+    return math.lcm(
+        factor * patch if isinstance(patch, int) else factor,
+        int(processor.get("vae_scale_factor") or 1),
+        *(number for kind in kinds for number in checked_side_factors(kind)),
     )
 
 
 def _default_side(pipeline: DiffusionPipeline) -> int:
-    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    sample_size = getattr(getattr(denoiser, "config", None), "sample_size", None)
-    return int(getattr(pipeline, "vae_scale_factor", 1)) * sample_size if isinstance(sample_size, int) else 0
+    """Pixels of what is drawn without a size; 0 where the pipeline does not say."""
+    factor = int(getattr(pipeline, "vae_scale_factor", 1))
+    sample = getattr(pipeline, "default_sample_size", None)
+    if sample is None:
+        sample = getattr(getattr(_denoiser(pipeline), "config", None), "sample_size", None)
+    return factor * sample if isinstance(sample, int) else 0
 
 
-def check_request(request: ImageRequest, loaded: LoadedPipeline, options: DiffusionConfig) -> None:
-    """Everything that this pipeline cannot do as asked. Raises :class:`InvalidRequest` naming the field."""
-    if request.n > options.max_batch_size:
-        raise InvalidRequest(f"n: at most {options.max_batch_size} images for this model.", param="n")
-    steps = request.num_inference_steps
-    if steps is not None and steps > options.max_steps:
-        raise InvalidRequest(
-            f"num_inference_steps: at most {options.max_steps}.", param="num_inference_steps"
-        )
-    for side in (request.width, request.height):
-        if side is not None and side % loaded.size_factor:
-            raise InvalidRequest(f"size: sides must be multiples of {loaded.size_factor}.", param="size")
-    if (request.width or loaded.default_side) * (request.height or loaded.default_side) > options.max_pixels:
-        raise InvalidRequest(f"size: at most {options.max_pixels} pixels.", param="size")
-    for name in ("negative_prompt", "guidance_scale", "num_inference_steps", "width", "height"):
-        if getattr(request, name) is not None and name not in loaded.accepts:
-            raise InvalidRequest(f"{name}: this pipeline has no such parameter.", param=name)
-
-
-def seeds(request: ImageRequest) -> tuple[int, ...]:
-    """Image ``i`` is drawn with ``seed + i`` (mod 2**63)."""
-    first = request.seed or 0
-    return tuple((first + index) % SEED_BOUND for index in range(request.n))
-
-
-def call_pipeline(loaded: LoadedPipeline, request: ImageRequest, step_done: StepDone) -> list[Pixels]:
-    """The request's images, each [height, width, channels] in 0..1.
-
-    The call gets a pipeline shell and a scheduler of its own (both keep state while they run), and one
-    CPU generator per image, so that image ``i`` is the same whatever is drawn beside it.
-    """
-    shell = copy.copy(loaded.pipeline)
-    shell.scheduler = copy.deepcopy(loaded.pipeline.scheduler)
-
-    def after_step(pipeline: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        step_done(step + 1, int(pipeline.num_timesteps))
-        return tensors
-
-    wanted: dict[str, Any] = {
-        "prompt": [request.prompt] * request.n,
-        "negative_prompt": None if request.negative_prompt is None else [request.negative_prompt] * request.n,
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
-        "width": request.width,
-        "height": request.height,
-        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds(request)],
-        "batch_size": request.n if "prompt" not in loaded.accepts else None,
-        "callback_on_step_end": after_step,
-        "output_type": "np",
-    }
-    given = {name: value for name, value in wanted.items() if value is not None and name in loaded.accepts}
-    with torch.inference_mode():
-        images = shell(**given).images
-    return list(images)
+def _denoiser(pipeline: DiffusionPipeline) -> torch.nn.Module | None:
+    name = denoiser_name(pipeline)
+    return None if name is None else getattr(pipeline, name)

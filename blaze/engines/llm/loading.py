@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from blaze.engine_config import LLMConfig
@@ -27,6 +26,7 @@ from blaze.engines.llm.panels import PanelFormat
 from blaze.engines.llm.probe import Probe
 from blaze.engines.llm.runner import Runner
 from blaze.engines.llm.stock import StockRunner, kv_shapes, windows
+from blaze.engines.torch_setup import free_bytes
 from blaze.errors import ConfigError, ModelSourceError
 from blaze.models.sources import ModelSource
 
@@ -146,7 +146,7 @@ def _store(loaded: LoadedModel, shapes: tuple[LayerShape, ...], options: LLMConf
     per_token = bytes_per_token(shapes, dtype)
     budget = options.kv_cache_memory
     if isinstance(budget, float):
-        budget = int(budget * _free_bytes(device))
+        budget = int(budget * free_bytes(device))
     tokens = budget // per_token - 1  # one is the store's own
     needed = UNIT
     while needed < loaded.max_model_len:
@@ -159,10 +159,3 @@ def _store(loaded: LoadedModel, shapes: tuple[LayerShape, ...], options: LLMConf
             param="llm",
         )
     return KVStore(shapes, tokens // UNIT * UNIT, dtype, device)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
-    return int(psutil.virtual_memory().available)
