@@ -150,23 +150,21 @@ async def test_an_error_after_a_preview_is_one_event_in_openais_shape(broken: Sc
 
 async def test_images_that_are_done_are_sent_before_the_error_that_follows_them() -> None:
     async with answering((Started(), IMAGE), EngineFailure("broke"), settings=NO_RETRIES) as api:
-        image, error = events_of(await api.draw(stream=True))
+        image, error = events_of(await api.draw(stream=True, n=2))
     assert base64.b64decode(image["b64_json"]) == b"pixels"
     assert error["error"]["code"] == "engine_error"
 
 
-@pytest.mark.parametrize(
-    ("progress", "begins_anew"), [(True, False), (None, True)], ids=["steps are shown", "steps are not"]
-)
-async def test_a_request_begins_anew_only_while_nothing_was_shown(
-    progress: bool | None, begins_anew: bool
-) -> None:
+@pytest.mark.parametrize("progress", [True, None], ids=["steps are shown", "steps are not"])
+async def test_an_image_is_drawn_anew_elsewhere_and_nothing_is_shown_twice(progress: bool | None) -> None:
     lost: Script = [STEPS, ReplicaLost("died")]
     pool = FakePool(("x", "y"), next_scripts=[lost, image_answer(7)])
     async with ApiBench(images=pool) as api:
         events = events_of(await api.draw(stream=True, progress=progress))
-    assert len(pool.calls) == (2 if begins_anew else 1)
-    assert ("error" in events[-1]) is not begins_anew
+    assert len(pool.calls) == 2
+    steps = [event["step"] for event in events if event["type"] == "blaze.progress"]
+    assert steps == ([1, 2] if progress else [])
+    assert events[-1]["type"] == "image_generation.completed"
 
 
 # --- The official client -----------------------------------------------------------------------------

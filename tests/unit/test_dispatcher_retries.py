@@ -17,7 +17,17 @@ from blaze.errors import (
     ReplicaStopping,
     ReplicaUnreachable,
 )
-from blaze.types import Event, Failed, Finished, GenerateRequest, ImageRequest, Progress, Request, Started
+from blaze.types import (
+    Event,
+    Failed,
+    Finished,
+    GenerateRequest,
+    ImageReady,
+    ImageRequest,
+    Progress,
+    Request,
+    Started,
+)
 from tests.fakes import FakePool, Script, answer
 from tests.routing_bench import RoutingBench
 from tests.samples import image_answer, image_request, partial_image, terminals, text_of, text_request
@@ -69,14 +79,15 @@ async def test_case_28_a_failure_before_the_first_content_is_retried_without_a_s
     [(Progress(1, 9), {"progress": True}), (partial_image(), {"partial_images": 1})],
     ids=["a step that was asked for", "a preview"],
 )
-async def test_what_a_reader_was_shown_of_an_image_commits_its_request(
+async def test_what_a_reader_was_shown_of_an_image_is_not_shown_again(
     shown: Event, asked: dict[str, Any]
 ) -> None:
     script: Script = [(Started(),), (shown,), EngineFailure("raised")]
-    bench = RoutingBench(FakePool(next_scripts=[script, image_answer(1)]))
+    again: Script = [(Started(), shown), *image_answer(1)]
+    bench = RoutingBench(FakePool(next_scripts=[script, again]))
     events = await bench.ask(image_request(**asked))
-    assert [type(event) for event in events] == [Started, type(shown), Failed]
-    assert len(bench.called) == 1
+    assert [type(event) for event in events] == [Started, type(shown), ImageReady, Finished]
+    assert len(bench.called) == 2
 
 
 async def test_steps_that_nobody_asked_for_commit_nothing() -> None:
