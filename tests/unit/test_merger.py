@@ -238,12 +238,24 @@ def test_out_of_memory_halves_the_rows_until_they_fit_and_that_is_remembered(
     assert bench.module.sizes == [5], "smaller images have a limit of their own"
 
 
-def test_one_call_too_large_for_the_memory_is_cut_into_pieces() -> None:
-    bench = Bench().trusting()
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("fixed_rows", [None, 4, 2])
+def test_one_call_too_large_for_the_memory_is_cut_into_pieces(is_first: bool, fixed_rows: int | None) -> None:
+    bench = Bench(fixed_rows=fixed_rows)
+    if not is_first:
+        bench.trusting()
     bench.module.before = out_of_memory_above(2, ERRORS[0])
-    (result,) = bench.merger.run([bench.call(1, 2, 3, 4, 5)])
-    assert values(result) == [2, 4, 6, 8, 10]
+    for _ in range(2):
+        (result,) = bench.merger.run([bench.call(1, 2, 3, 4, 5)])
+        assert values(result) == [2, 4, 6, 8, 10]
     assert max(bench.module.sizes) == 2
+
+
+def test_a_call_that_cannot_be_cut_fails_when_it_does_not_fit() -> None:
+    bench = Bench(MixesRows())
+    bench.module.before = out_of_memory_above(2, ERRORS[0])
+    (result,) = bench.merger.run([bench.call(1, 2, 3, 4, 9)])
+    assert isinstance(result.error, torch.OutOfMemoryError)
 
 
 def test_not_even_one_row_fits() -> None:

@@ -137,6 +137,11 @@ class Merger:
         """Rows of a forward. None: as many as there are."""
         return self._row_limits.get(call.key, self._fixed_rows)
 
+    def _is_cut(self, call: DenoiserCall) -> bool:
+        """Whether it has too many rows for one forward."""
+        limit = self._limit(call)
+        return limit is not None and call.rows > limit
+
     def _fitting(self, calls: Sequence[DenoiserCall]) -> Sequence[DenoiserCall]:
         """At least the first of them, which is cut into pieces if it does not fit."""
         limit = self._limit(calls[0])
@@ -179,11 +184,10 @@ class Merger:
         return [result for call in calls for result in self.run([call])]
 
     def _outputs(self, calls: Sequence[DenoiserCall]) -> list[object]:
-        first, limit = calls[0], self._limit(calls[0])
-        is_whole = limit is None or (self._fixed_rows is None and first.rows <= limit)
-        if first.arguments is None or (len(calls) == 1 and is_whole):
+        first, limit, fixed = calls[0], self._limit(calls[0]), self._fixed_rows is not None
+        as_it_is = len(calls) == 1 and not fixed and not self._is_cut(first)
+        if first.arguments is None or as_it_is:
             return [self._alone(call) for call in calls]
-        fixed = self._fixed_rows is not None
         verdict_key = (id(first.denoiser), first.arguments.structure, (first.key, limit) if fixed else None)
         if verdict_key not in self._can_join:
             return self._try_joining(calls, verdict_key)
@@ -199,26 +203,28 @@ class Merger:
     def _joined(self, calls: Sequence[DenoiserCall]) -> list[object]:
         parts = [call.arguments for call in calls if call.arguments is not None]
         limit = self._limit(calls[0])
-        rows = parts[0].rows
-        if len(parts) > 1 or limit is None or rows <= limit:
+        if limit is None or not self._is_cut(calls[0]):
             return self._forward(calls[0], parts)
-        pieces = [parts[0].cut(start, min(start + limit, rows)) for start in range(0, rows, limit)]
-        return [join_outputs([self._forward(calls[0], [piece])[0] for piece in pieces])]
+        return [join_outputs([self._forward(calls[0], [piece])[0] for piece in _pieces(parts[0], limit)])]
 
     def _forward(self, call: DenoiserCall, parts: Sequence[Arguments]) -> list[object]:
         sizes = [part.rows for part in parts]
         padding: list[Arguments] = []
         if self._fixed_rows is not None and (limit := self._limit(call)) is not None:
             padding = [parts[0].cut(0, 1)] * (limit - sum(sizes))
-        output = call.denoiser.forward(**join([*parts, *padding]))
-        self._on_step()
+        output = self._plain(call, [*parts, *padding])
         return split(output, [*sizes, *(1 for _ in padding)])[: len(parts)]
+
+    def _plain(self, call: DenoiserCall, parts: Sequence[Arguments]) -> object:
+        output = call.denoiser.forward(**join(parts))
+        self._on_step()
+        return output
 
     # --- Trust -------------------------------------------------------------------------------------
 
     def _try_joining(self, calls: Sequence[DenoiserCall], verdict_key: Hashable) -> list[object]:
         """The first calls of their structure, joined and alone: what differs is never joined again."""
-        alone = [self._alone(call) for call in calls]
+        alone = [self._by_itself(call) for call in calls]
         if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(alone)):
             return alone  # which tells nothing of joining
         try:
@@ -232,22 +238,38 @@ class Merger:
             logger.warning("denoiser calls cannot be joined: %s", error)
             joined, same = [], False
         self._can_join[verdict_key] = same
-        if not same:
-            logger.warning("joined denoiser calls differ from the same calls alone: not joined any more")
-        return joined if same and self._fixed_rows is not None else alone
+        if same:
+            return alone if self._fixed_rows is None else joined
+        logger.warning("joined denoiser calls differ from the same calls alone: not joined any more")
+        return [
+            self._alone(call) if self._is_cut(call) else result
+            for call, result in zip(calls, alone, strict=True)
+        ]
+
+    def _by_itself(self, call: DenoiserCall) -> object:
+        """What to compare with. A call with too many rows for one forward is cut otherwise than usual."""
+        limit = self._limit(call)
+        if call.arguments is None or limit is None or not self._is_cut(call):
+            return self._alone(call)
+        pieces = _pieces(call.arguments, max(1, limit // 2))
+        return join_outputs([self._plain(call, [piece]) for piece in pieces])
 
     def _is_invariant(self, call: DenoiserCall, output: object) -> bool:
         """Whether the bits of a row depend neither on its place in the batch nor on its neighbours."""
         limit = self._limit(call)
         if call.arguments is None or limit is None:
             return False
-        copies = call.denoiser.forward(**join([call.arguments.cut(0, 1)] * limit))
-        self._on_step()
+        copies = self._plain(call, [call.arguments.cut(0, 1)] * limit)
         return all(
             torch.equal(row, mine[0])
             for mine, rows in zip(tensors_of(output), tensors_of(copies), strict=True)
             for row in rows.unbind()
         )
+
+
+def _pieces(whole: Arguments, rows: int) -> list[Arguments]:
+    """Of so many rows each, the last one of what is left."""
+    return [whole.cut(start, min(start + rows, whole.rows)) for start in range(0, whole.rows, rows)]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
