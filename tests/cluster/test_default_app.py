@@ -165,10 +165,10 @@ def test_a_judge_reads_at_least_95_of_100_digits_as_asked(client: openai.OpenAI)
 
     def right(index: int) -> bool:
         digit = index % 10
-        fields = {"seed": index, "num_inference_steps": 20, "guidance_scale": 5.0}
+        fields = {"seed": index, "num_inference_steps": 14 + 3 * (index % 6), "guidance_scale": 5.0}
         return judge.read(_draw(client, f"a {WORDS[digit]}", extra_body=fields)) == digit
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(8) as pool:  # their steps meet at the denoiser
         assert sum(pool.map(right, range(100))) >= 95
 
 
