@@ -263,7 +263,7 @@ class Progress:
 @dataclass(frozen=True)
 class PartialImage:
     """A preview of image ``index``, the ``number``-th (from 0) of those asked for: encoded as the image will
-    be. Commits to nothing: a request that begins anew sends its previews anew."""
+    be. The same again when the request begins anew elsewhere, and then not shown again."""
 
     index: int
     number: int
