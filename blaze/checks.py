@@ -29,6 +29,12 @@ def check_timeout(timeout_s: float | None) -> None:
     check(good, "timeout_s", f"must be a number of seconds, 0 to {MOST_SECONDS:,}")
 
 
+def check_text(value: str | None, field_name: str) -> None:
+    """Lone surrogates, which no JSON over HTTP brings, come over a handle."""
+    good = value is None or (isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value))
+    check(good, field_name, "must be text")
+
+
 def is_count(value: int) -> bool:
     return type(value) is int and value >= 1
 

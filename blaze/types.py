@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, TypeAlias
 
-from blaze.checks import check, check_integer, check_seed, check_timeout, is_count, is_number
+from blaze.checks import check, check_integer, check_seed, check_text, check_timeout, is_count, is_number
 from blaze.errors import ErrorInfo
 from blaze.sampling_params import SamplingParams
 
@@ -150,6 +150,8 @@ class ImageRequest:
         """Raises :class:`InvalidRequest`: calls over a handle pass through no other validation."""
         check(is_count(self.n), "n", "must be an integer, at least 1")
         check_timeout(self.timeout_s)
+        check_text(self.prompt, "prompt")
+        check_text(self.negative_prompt, "negative_prompt")
         self._check_extras()
         for name in ("width", "height", "num_inference_steps"):
             value = getattr(self, name)

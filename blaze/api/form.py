@@ -60,6 +60,8 @@ async def _read(http: HTTPRequest, max_bytes: int) -> FormData:
         return await parser.parse()
     except MultiPartException as error:
         raise InvalidRequest(f"The form is not valid: {error.message}") from None
+    except UnicodeError:
+        raise InvalidRequest("The form is not valid: its texts are not of its charset.") from None
 
 
 class _WholeForm(MultiPartParser):

@@ -22,7 +22,7 @@ from blaze.engines.diffusion.parameters import seeds
 from blaze.engines.diffusion.pipelines import LoadedPipeline, Task, task_of
 from blaze.engines.diffusion.safety import check_safety
 from blaze.engines.diffusion.schedulers import make_scheduler
-from blaze.engines.diffusion.steps import Step, watch
+from blaze.engines.diffusion.steps import Step, unwatch, watch
 from blaze.engines.diffusion.writer import ImageWriter
 from blaze.errors import BlazeError, Cancelled, ContentFlagged, EngineFailure, ReplicaStopping
 from blaze.types import Failed, Progress, Started
@@ -70,6 +70,11 @@ class Drawing:
         return sum(job.images for job in self._jobs)
 
     @property
+    def live_images(self) -> int:
+        """Of those that somebody waits for: the others keep nobody out."""
+        return sum(job.images for job in self._live)
+
+    @property
     def num_live(self) -> int:
         return len(self._live)
 
@@ -109,7 +114,10 @@ class Drawing:
                 self.fail(EngineFailure(f"The pipeline failed: {type(error).__name__}."))
         finally:
             self._live = []
+            if self._shell is not None:
+                unwatch(self._shell.scheduler)
             self._shell = self._latents = None
+            self._previews.clear()
             self.is_over = True
 
     def fail(self, error: BlazeError) -> None:
@@ -128,7 +136,15 @@ class Drawing:
         wanted = self._arguments()
         accepted = self._studio.loaded.accepts[self._task]
         given = {name: value for name, value in wanted.items() if value is not None and name in accepted}
-        images = self._shell(**given).images
+        vae = self._studio.loaded.pipelines[self._task].components.get("vae")
+        weight = next(vae.parameters(), None) if isinstance(vae, nn.Module) else None
+        dtype = None if weight is None else weight.dtype
+        try:
+            images = self._shell(**given).images
+        finally:
+            # Pipelines may upcast it for their part, and one that fails leaves it so: to everybody.
+            if isinstance(vae, nn.Module) and weight is not None and weight.dtype is not dtype:
+                vae.to(dtype=dtype)
         if isinstance(images, Tensor):
             images = images.permute(0, 2, 3, 1).float().cpu().numpy()
         return [to_pixels(image) for image in images]
@@ -239,13 +255,14 @@ class Drawing:
                 if not bool(latents.isfinite().all()):
                     images[index].fill(np.nan)  # clamped, they may look like a picture
         self.unwanted()
-        for job in self._live:
+        for job in tuple(self._live):
             try:
                 self._check_safety(images[self._rows(job)])
             except BlazeError as error:
                 job.put(Failed(error.info))
             else:
                 self._studio.writer.finish(job, images[self._rows(job)])
+            self._live.remove(job)  # it is answered, whatever becomes of the next one
 
     def _check_safety(self, images: Sequence[Pixels]) -> None:
         """Raises :class:`ContentFlagged`, where the config asks for the checker."""

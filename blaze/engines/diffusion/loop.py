@@ -93,7 +93,7 @@ class DiffusionLoop:
 
     def _begin(self) -> None:
         """Let in those who waited longest, as far as there is room."""
-        room = self._max_images - sum(drawing.images for drawing in self._drawings)
+        room = self._max_images - sum(drawing.live_images for drawing in self._drawings)
         for jobs in self._line.take(room, most_calls=None if self._hub is not None else 1):
             drawing = Drawing(jobs, self._studio)
             self._drawings.append(drawing)

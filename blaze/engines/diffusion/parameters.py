@@ -11,6 +11,7 @@ from blaze.checks import SEED_BOUND
 from blaze.engine_config import DiffusionConfig
 from blaze.engines.diffusion.pipelines import LoadedPipeline, Task, task_of
 from blaze.engines.diffusion.schedulers import check_scheduler, is_flow_matching, takes_eta
+from blaze.engines.diffusion.sizing import check_format
 from blaze.errors import InvalidRequest
 from blaze.types import ImageRequest
 
@@ -79,6 +80,10 @@ def _check_size(request: ImageRequest, task: Task, loaded: LoadedPipeline, optio
         return
     if (request.width or loaded.default_side) * (request.height or loaded.default_side) > options.max_pixels:
         raise InvalidRequest(f"size: at most {options.max_pixels} pixels.", param="size")
+    size = (request.width or loaded.default_side, request.height or loaded.default_side)
+    check_format(request, size)
+    if loaded.longest_side is not None and max(size) > loaded.longest_side:
+        raise InvalidRequest(f"size: at most {loaded.longest_side} pixels a side.", param="size")
 
 
 def _upscales(pipeline: object) -> bool:

@@ -58,6 +58,7 @@ class LoadedPipeline:
     denoiser: str | None  # the attribute: "unet" or "transformer"
     whole_because: str | None  # why requests run whole, one after another; None: their steps are merged
     is_conditional: bool  # by a prompt
+    longest_side: int | None = None  # pixels, where the denoiser has positions for no more
     adapters: AdapterSwitch | None = None  # None: the config names none
     safety_checker: SafetyChecker | None = None  # None: the config does not ask for it
 
@@ -101,6 +102,8 @@ def load_pipeline(
     safety_checker = take_safety_checker(pipeline, options)
     adapters = load_adapters(pipeline, options.loras)
     apply_options(pipeline, options, device)
+    if safety_checker is not None:
+        safety_checker.model.to(device)
     pipelines = _variants(pipeline)
     for variant in pipelines.values():
         variant.set_progress_bar_config(disable=True)
@@ -111,6 +114,7 @@ def load_pipeline(
         accepts=accepts,
         size_factor=_size_factor(pipeline, {each.__class__ for each in pipelines.values()}),
         default_side=_default_side(pipeline),
+        longest_side=_longest_side(pipeline),
         denoiser=denoiser_name(pipeline),
         whole_because=next((reason for reason in reasons if reason is not None), None),
         is_conditional=any("prompt" in names for names in accepts.values()),
@@ -259,6 +263,14 @@ def _default_side(pipeline: DiffusionPipeline) -> int:
     if sample is None:
         sample = getattr(getattr(_denoiser(pipeline), "config", None), "sample_size", None)
     return factor * sample if isinstance(sample, int) else 0
+
+
+def _longest_side(pipeline: DiffusionPipeline) -> int | None:
+    config = getattr(_denoiser(pipeline), "config", None)
+    most, patch = getattr(config, "pos_embed_max_size", None), getattr(config, "patch_size", None)
+    if not isinstance(most, int) or not isinstance(patch, int):
+        return None
+    return most * patch * int(getattr(pipeline, "vae_scale_factor", 1))
 
 
 def _denoiser(pipeline: DiffusionPipeline) -> torch.nn.Module | None:

@@ -11,6 +11,8 @@ from blaze.engines.diffusion.inputs import OWN_MASK_PIXELS, read_image, read_mas
 from blaze.errors import InvalidRequest
 from blaze.types import ImageRequest
 
+_LONGEST_SIDE = {"webp": 16_383, "jpeg": 65_500}  # pixels, of what Pillow's encoders take
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
@@ -34,11 +36,23 @@ def read_inputs(request: ImageRequest, *, size_factor: int, max_pixels: int) -> 
     mask = None if request.mask is None else read_mask(request.mask, size=image.size, max_pixels=most)
     own = drawn_size(image.size, size_factor=size_factor, max_pixels=max_pixels)
     size = (request.width or own[0], request.height or own[1])
+    if size[0] * size[1] > max_pixels:
+        raise InvalidRequest(f"size: at most {max_pixels} pixels.", param="size")
+    check_format(request, size)
     return Inputs(
         request=replace(request, width=size[0], height=size[1]),
         image=image if image.size == size else image.resize(size, Image.Resampling.LANCZOS),
         mask=mask if mask is None or mask.size == size else mask.resize(size, Image.Resampling.NEAREST),
     )
+
+
+def check_format(request: ImageRequest, size: tuple[int, int]) -> None:
+    """Raises :class:`InvalidRequest` for a size that the format cannot hold."""
+    most = _LONGEST_SIDE.get(request.output_format)
+    if most is not None and max(size) > most:
+        raise InvalidRequest(
+            f"output_format: {request.output_format} has at most {most} pixels a side.", param="output_format"
+        )
 
 
 def drawn_size(size: tuple[int, int], *, size_factor: int, max_pixels: int) -> tuple[int, int]:

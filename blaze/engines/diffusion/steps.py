@@ -85,5 +85,10 @@ def watch(scheduler: SchedulerMixin, after: Callable[[Step], None]) -> None:
     scheduler.step = watched
 
 
+def unwatch(scheduler: SchedulerMixin) -> None:
+    """Break the cycle: what the call has held would live until the next full garbage collection."""
+    vars(scheduler).pop("step", None)
+
+
 def _fits(original: object, latents: object) -> bool:
     return isinstance(original, Tensor) and isinstance(latents, Tensor) and original.shape == latents.shape
