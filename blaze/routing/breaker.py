@@ -18,6 +18,7 @@ from blaze.routing.outcome import Outcome
 from blaze.routing.trip import BreakerSettings, TripPolicy, open_for_s
 from blaze.types import ReplicaId
 
+_NEEDED_TRIPS = 3  # for as long as after so many in a row a breaker that is needed is open, at the most
 _FORGIVENESS_S = 60.0  # of health, for each trip in a row that is forgotten
 
 
@@ -114,7 +115,7 @@ class BreakerBoard:
 
     def needed(self) -> None:
         """Requests wait for which nobody else has room: try those that are open, each after the time of a
-        first trip, and twice as long after each further probe in a row that failed."""
+        first trip, or up to that of a third when probes have failed in a row."""
         now = self.clock.now()
         for replica_id, breaker in self._breakers.items():
             if breaker.state is BreakerState.OPEN and not breaker.forced and now >= breaker.needed_until:
@@ -272,7 +273,8 @@ class BreakerBoard:
 
     def _not_before(self, breaker: Breaker, now: float) -> None:
         """Even if it is needed."""
-        open_s = open_for_s(max(1, breaker.failed_probes), self.settings, self.rng)
+        times = max(1, min(breaker.failed_probes, _NEEDED_TRIPS))
+        open_s = open_for_s(times, self.settings, self.rng)
         breaker.needed_until = min(breaker.open_until, now + open_s)
 
     def _open_time(self, breaker: Breaker) -> float:
