@@ -24,7 +24,7 @@ class HealthActor:
         self._supervisor = Supervisor(settings, SystemClock())
         # Before that, Routers may know of changes that this actor, back from its death, has not heard of: the
         # number of a new one could be taken.
-        self._knows_all_at = asyncio.get_running_loop().time() + 2 * config.probe_period_s
+        self._knows_all_at = asyncio.get_running_loop().time() + 2 * min(1.0, config.probe_period_s)
 
     async def heartbeat(self, heartbeat: Heartbeat) -> None:
         self._supervisor.heartbeat(heartbeat)
