@@ -277,6 +277,12 @@ async def test_another_content_type_is_refused(content_type: str) -> None:
         assert_refused(await post(api, form(*REQUIRED), content_type), None)
 
 
+@pytest.mark.parametrize("charset", ["undefined", "punycode"])
+async def test_a_form_of_a_charset_that_is_none_is_refused(charset: str) -> None:
+    async with bench() as api:
+        assert_refused(await post(api, form(*REQUIRED), f"{BOUNDARY}; charset={charset}"), None)
+
+
 async def test_a_form_without_a_boundary_is_refused() -> None:
     async with bench() as api:
         assert_refused(await post(api, form(*REQUIRED), "multipart/form-data"), None)

@@ -91,3 +91,10 @@ def test_the_bounds_themselves_are_fine() -> None:
     sampling = SamplingParams(n=2)
     GenerateRequest("r", "m", TextPrompt("x"), sampling, priority=-1000, generated=((), (1, 2)))
     ImageRequest("r", "m", "a prompt", guidance_scale=0, seed=-SEED_BOUND, width=1, height=1)
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_a_lone_surrogate_is_no_text_to_draw(field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        ImageRequest("r", "m", **({"prompt": "p"} | {field: "\ud800"}))
+    assert caught.value.param == field

@@ -99,3 +99,20 @@ def test_a_mask_of_another_size_is_refused() -> None:
     with pytest.raises(InvalidRequest) as caught:
         read_inputs(request, size_factor=8, max_pixels=4096)
     assert caught.value.param == "mask"
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"width": 64}, "size"),  # by the image's own height, 64 x 2,000 pixels
+        ({"width": 8, "height": 17_000, "output_format": "webp"}, "output_format"),
+    ],
+)
+def test_the_size_in_which_it_is_drawn_is_checked_before_the_image_is_brought_to_it(
+    options: dict[str, Any], param: str
+) -> None:
+    request = image_request(image=png(Image.new("RGB", (16, 2_000))), **options)
+    most = 100_000 if param == "size" else 200_000
+    with pytest.raises(InvalidRequest) as caught:
+        read_inputs(request, size_factor=8, max_pixels=most)
+    assert caught.value.param == param
