@@ -161,6 +161,7 @@ class Drawing:
         if isinstance(vae := pipeline.components.get("vae"), nn.Module):
             own["vae"] = checked_vae(vae)
         shell = copy.copy(pipeline)
+        shell.__class__ = loaded.shells.get(self._task, type(pipeline))
         vars(shell).update(own)  # not by assignment, with which pipelines rewrite their config
         vars(shell).pop("_num_timesteps", None)
         return shell

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,7 @@ class LoadedPipeline:
     longest_side: int | None = None  # pixels, where the denoiser has positions for no more
     adapters: AdapterSwitch | None = None  # None: the config names none
     safety_checker: SafetyChecker | None = None  # None: the config does not ask for it
+    shells: Mapping[Task, type[DiffusionPipeline]] = field(default_factory=dict)  # that calls are made on
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -120,6 +121,7 @@ def load_pipeline(
         is_conditional=any("prompt" in names for names in accepts.values()),
         adapters=adapters,
         safety_checker=safety_checker,
+        shells={task: _shell_of(variant) for task, variant in pipelines.items()},
     )
 
 
@@ -192,6 +194,13 @@ def _variants(pipeline: DiffusionPipeline) -> dict[Task, DiffusionPipeline]:
         except ValueError:
             continue  # there is no such class, or it needs modules that this pipeline lacks
     return pipelines
+
+
+def _shell_of(pipeline: DiffusionPipeline) -> type[DiffusionPipeline]:
+    """Its class, but for the search through all modules for the device, which costs every call milliseconds
+    and always finds the same."""
+    kind = type(pipeline)
+    return type(kind.__name__, (kind,), {"_execution_device": pipeline._execution_device})
 
 
 def _own_tasks(kind: type) -> list[Task]:
