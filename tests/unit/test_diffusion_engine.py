@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from blaze.engines.diffusion.parameters import seeds
 from blaze.types import Event, Failed, Finished, ImageReady, PartialImage, Progress, Started, Usage
@@ -291,6 +293,38 @@ async def test_case_41_latents_that_are_no_numbers_are_an_error_not_a_black_or_w
     assert (levels(black), levels(good)) == ([0], [0])
 
 
+class BreaksAt:
+    """A safety checker that cannot look at pictures of this level."""
+
+    def __init__(self, broken: int) -> None:
+        self._broken = broken
+
+    def flags(self, images: Sequence[Image.Image]) -> tuple[bool, ...]:
+        if any(image.getextrema()[0][0] == self._broken for image in images):
+            raise RuntimeError("no such layer")
+        return (False,) * len(images)
+
+
+async def test_who_is_answered_is_not_drawn_again_when_the_next_of_the_group_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = DrawingBench(monkeypatch)
+    bench.loaded = replace(bench.loaded, safety_checker=BreaksAt(ord("C")))
+    await bench.engine.start()
+    with bench.held_at("A") as held:
+        first = bench.begin("A", seed=1)
+        await held.until_reached()
+        group = [bench.begin(prompt, seed=ord(prompt)) for prompt in "BCD"]
+        await bench.queued(3)
+        held.release()
+        await first
+        answers = [await each for each in group]
+    await bench.engine.stop()
+    assert [levels(events) for events in answers] == [[ord("B")], [], [ord("D")]]
+    assert all(len(terminals(events)) == 1 for events in answers)
+    assert bench.script.calls[1:] == [["B", "C", "D"], ["C"], ["D"]]
+
+
 # --- The end of things ---------------------------------------------------------------------------------
 
 
@@ -322,6 +356,29 @@ async def test_case_43_one_that_leaves_changes_nothing_for_the_others(
     if not alike:
         assert not any("B" in batch for batch in bench.batches[before + 1 :])
     assert (await bench.engine.get_health_status()).work_pending == 0
+
+
+async def test_one_of_a_group_who_leaves_gives_its_place_to_whoever_waits(bench: DrawingBench) -> None:
+    with bench.held_at("A") as held:
+        blocker = bench.begin("A", n=4, seed=0, num_inference_steps=1)
+        await held.until_reached()
+        leaving = bench.begin("B", n=2, seed=1, num_inference_steps=20)
+        staying = bench.begin("C", n=2, seed=3, num_inference_steps=20)
+        late = bench.begin("D", n=2, seed=5, num_inference_steps=1)
+        await bench.queued(3)
+        with bench.held_at("C", step=2) as held_group:
+            held.release()
+            await blocker
+            await held_group.until_reached()
+            assert bench.script.calls[1:] == [["B", "B", "C", "C"]], "four at once are the most"
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+            with bench.held_at("C", step=10) as held_again:
+                held_group.release()
+                assert levels(await late) == [5, 6], "drawn while the one that stays is in its middle"
+                held_again.release()
+        assert levels(await staying) == [3, 4]
+    assert bench.script.calls[2:] == [["D", "D"]]
 
 
 async def test_a_group_is_given_up_when_its_last_reader_has_left(bench: DrawingBench) -> None:
