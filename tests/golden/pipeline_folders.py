@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from blaze.engine_config import DiffusionConfig
-from blaze.engines.diffusion.pipelines import LoadedPipeline, load_pipeline
+from blaze.engines.diffusion.pipelines import LoadedPipeline, Task, load_pipeline
 from blaze.models.sources import FolderSource, package_path
 
 DIGITS = package_path("blaze/assets/digits")
@@ -69,6 +69,14 @@ def left_half(side: int = 32) -> Image.Image:
     mask = np.zeros((side, side), dtype=np.uint8)
     mask[:, : side // 2] = 255
     return Image.fromarray(mask)
+
+
+# What each task is given beside its prompt.
+INPUTS: dict[Task, dict[str, Any]] = {
+    Task.TEXT: {},
+    Task.IMAGE: {"image": picture(), "strength": 0.7},
+    Task.INPAINT: {"image": picture(), "mask_image": left_half(), "width": 32, "height": 32},
+}
 
 
 # --- Folders ------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import asyncio
 import io
 import threading
 from dataclasses import replace
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,70 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from blaze.engines.diffusion.pipelines import LoadedPipeline, Task
-from blaze.engines.diffusion.schedulers import SCHEDULERS, make_scheduler
-from blaze.errors import InvalidRequest
+from blaze.engines.diffusion.pipelines import Task
 from blaze.types import Finished, ImageReady, ImageRequest, Progress
+from tests.golden.crowd import CASES, various
 from tests.golden.diffusion import Alone, Recorder, engine_of, events_of, levels_of, loaded_by
 from tests.golden.pipeline_folders import left_half, picture
-from tests.golden.tiny_pipelines import PIPELINES, UNCONDITIONAL, tiny_pipeline
+from tests.golden.tiny_pipelines import PIPELINES, UNCONDITIONAL
 
 pytestmark = pytest.mark.models
 
 MOST_APART = 1e-4  # of latents, relative
-REQUESTS = 12
-SIDE = {"flux": 32}  # its own default is the training size, whatever the VAE's factor
-
-Case = tuple[str, Task]
-CASES: list[Case] = [
-    *((name, Task.TEXT) for name in (*PIPELINES, *UNCONDITIONAL)),
-    *((name, Task.IMAGE) for name in ("sd", "sdxl", "sd3", "flux")),
-    *((name, Task.INPAINT) for name in ("sd", "sdxl", "flux")),
-]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: tiny_pipeline(name, tmp_path_factory.mktemp(name)) for name in (*PIPELINES, *UNCONDITIONAL)}
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def various(name: str, task: Task, loaded: LoadedPipeline) -> list[ImageRequest]:
-    """Different steps, guidance and schedulers, with what the task needs."""
-    schedulers: list[str | None] = [None]
-    for scheduler in SCHEDULERS:
-        try:
-            make_scheduler(loaded, task, scheduler)
-            schedulers.append(scheduler)
-        except InvalidRequest:
-            continue
-    fields: dict[str, Any] = {"width": SIDE[name], "height": SIDE[name]} if name in SIDE else {}
-    if task is not Task.TEXT:
-        fields = {"image": png(picture()), "strength": 0.7}
-    if task is Task.INPAINT:
-        fields["mask"] = png(left_half())
-    prompts = cycle(["a red seven", "two dogs on the grass", "", "night"])
-    requests = []
-    for index, (prompt, scheduler) in enumerate(islice(zip(prompts, cycle(schedulers)), REQUESTS)):
-        request = ImageRequest(
-            f"{name}-{index}",
-            name,
-            prompt if name in PIPELINES else "",
-            num_inference_steps=4 + index % 7,
-            guidance_scale=(1.0, 3.5, 7.5)[index % 3] if name in PIPELINES else None,
-            scheduler=scheduler,
-            seed=100 + index,
-            progress=True,
-            timeout_s=120,
-            **fields,
-        )
-        requests.append(request)
-    return requests
 
 
 @pytest.mark.parametrize(("name", "task"), CASES, ids=[f"{name}-{task}" for name, task in CASES])

@@ -19,27 +19,21 @@ from blaze.engines.diffusion.pipelines import LoadedPipeline, Task
 from blaze.engines.diffusion.schedulers import SCHEDULERS, make_scheduler
 from blaze.errors import InvalidRequest
 from tests.golden.pipeline_folders import (
+    INPUTS,
     Pixels,
     digits,
     draw,
-    four_channels,
-    left_half,
     levels_apart,
     load,
     of_class,
-    picture,
     quiet,
     unconditional,
 )
+from tests.golden.tiny_pipelines import flux_transformer, pixart_transformer, sd3_transformer, vae
 from tests.samples import image_request
 
 pytestmark = pytest.mark.models
 
-INPUTS: dict[Task, dict[str, Any]] = {
-    Task.TEXT: {},
-    Task.IMAGE: {"image": picture(), "strength": 0.6},
-    Task.INPAINT: {"image": picture(), "mask_image": left_half(), "width": 32, "height": 32},
-}
 SHIFTED = {"shift": 3.0}
 DYNAMIC = {"use_dynamic_shifting": True}
 
@@ -48,11 +42,6 @@ def draw_with(pipeline: Any, scheduler: Any, **given: Any) -> Pixels:
     shell = copy.copy(pipeline)
     shell.scheduler = scheduler
     return draw(shell, **given)
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> LoadedPipeline:
-    return load(of_class("StableDiffusionPipeline", tmp_path_factory.mktemp("sd"), **four_channels()))
 
 
 @pytest.mark.parametrize(("name", "kind"), SCHEDULERS.items())
@@ -76,12 +65,12 @@ def test_the_names_are_different_schedulers() -> None:
 
 @pytest.mark.parametrize("task", [Task.IMAGE, Task.INPAINT])
 @pytest.mark.parametrize(("name", "kind"), SCHEDULERS.items())
-def test_variants_take_each_too(four: LoadedPipeline, task: Task, name: str, kind: str) -> None:
-    pipeline = four.pipelines[task]
+def test_variants_take_each_too(loaded: LoadedPipeline, task: Task, name: str, kind: str) -> None:
+    pipeline = loaded.pipelines[task]
     by_hand = getattr(diffusers, kind).from_config(pipeline.scheduler.config)
     given = {"steps": 10} | INPUTS[task]
     expected = draw_with(pipeline, by_hand, **given)
-    assert levels_apart(draw_with(pipeline, make_scheduler(four, task, name), **given), expected) <= 1
+    assert levels_apart(draw_with(pipeline, make_scheduler(loaded, task, name), **given), expected) <= 1
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -102,74 +91,27 @@ def test_numbers_of_steps_are_refused_where_diffusers_fails(name: str | None, st
 # --- Other kinds of models ----------------------------------------------------------------------------
 
 
-def _vae() -> Any:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.06,
-        scaling_factor=1.5,
-        sample_size=32,
-    ).eval()
-
-
 def _embeds(*shape: int) -> torch.Tensor:
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def _sd3(scheduler: Any) -> tuple[Any, dict[str, Any]]:
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=64,
-    ).eval()
     given = {
         "prompt_embeds": _embeds(5, 32),
         "negative_prompt_embeds": _embeds(5, 32) / 2,
-        "pooled_prompt_embeds": _embeds(64),
-        "negative_pooled_prompt_embeds": _embeds(64) / 2,
+        "pooled_prompt_embeds": _embeds(32),
+        "negative_pooled_prompt_embeds": _embeds(32) / 2,
         "guidance_scale": 3.0,
     }
-    return _without_text(diffusers.StableDiffusion3Pipeline, transformer, scheduler), given
+    return _without_text(diffusers.StableDiffusion3Pipeline, sd3_transformer(), scheduler), given
 
 
 def _flux(scheduler: Any) -> tuple[Any, dict[str, Any]]:
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-    ).eval()
-    given = {"prompt_embeds": _embeds(5, 32), "pooled_prompt_embeds": _embeds(32)}
-    return _without_text(diffusers.FluxPipeline, transformer, scheduler), given
+    given = {"prompt_embeds": _embeds(5, 32), "pooled_prompt_embeds": _embeds(16)}
+    return _without_text(diffusers.FluxPipeline, flux_transformer(channels=4), scheduler), given
 
 
 def _pixart(scheduler: Any) -> tuple[Any, dict[str, Any]]:
-    transformer = diffusers.PixArtTransformer2DModel(
-        sample_size=8,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=3,
-        caption_channels=32,
-        cross_attention_dim=24,
-        out_channels=8,
-    ).eval()
     given = {
         "negative_prompt": None,
         "prompt_embeds": _embeds(5, 32),
@@ -178,12 +120,13 @@ def _pixart(scheduler: Any) -> tuple[Any, dict[str, Any]]:
         "negative_prompt_attention_mask": torch.ones(1, 5),
         "use_resolution_binning": False,
     }
-    return _without_text(diffusers.PixArtAlphaPipeline, transformer, scheduler), given
+    return _without_text(diffusers.PixArtAlphaPipeline, pixart_transformer(), scheduler), given
 
 
 def _without_text(kind: Any, transformer: Any, scheduler: Any) -> Any:
     parts = dict.fromkeys(kind._get_signature_keys(kind)[0])
-    given = {"transformer": transformer, "scheduler": scheduler, "vae": _vae()}
+    coder = vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5)
+    given = {"transformer": transformer.eval(), "scheduler": scheduler, "vae": coder.eval()}
     return quiet(kind(**parts | given))
 
 

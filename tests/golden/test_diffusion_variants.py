@@ -16,6 +16,7 @@ from blaze.engines.diffusion.pipelines import LoadedPipeline, Task
 from blaze.engines.diffusion.safety import check_safety
 from blaze.errors import ConfigError, ModelSourceError
 from tests.golden.pipeline_folders import (
+    INPUTS,
     digits,
     draw,
     four_channels,
@@ -33,26 +34,11 @@ from tests.golden.tiny_pipelines import tiny_pipeline
 
 pytestmark = pytest.mark.models
 
-INPUTS: dict[Task, dict[str, Any]] = {
-    Task.TEXT: {},
-    Task.IMAGE: {"image": picture(), "strength": 0.7},
-    Task.INPAINT: {"image": picture(), "mask_image": left_half(), "width": 32, "height": 32},
-}
 CLASSES = {
     Task.TEXT: diffusers.StableDiffusionPipeline,
     Task.IMAGE: diffusers.StableDiffusionImg2ImgPipeline,
     Task.INPAINT: diffusers.StableDiffusionInpaintPipeline,
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return of_class("StableDiffusionPipeline", tmp_path_factory.mktemp("sd"), **four_channels())
-
-
-@pytest.fixture(scope="module")
-def loaded(folder: Path) -> LoadedPipeline:
-    return load(folder)
 
 
 def test_variants_share_every_module_and_no_scheduler(loaded: LoadedPipeline) -> None:
@@ -69,8 +55,8 @@ def test_variants_share_every_module_and_no_scheduler(loaded: LoadedPipeline) ->
 
 
 @pytest.mark.parametrize("task", Task)
-def test_each_draws_what_diffusers_draws(loaded: LoadedPipeline, folder: Path, task: Task) -> None:
-    alone = quiet(CLASSES[task].from_pretrained(folder, dtype=torch.float32, use_safetensors=True))
+def test_each_draws_what_diffusers_draws(loaded: LoadedPipeline, four: Path, task: Task) -> None:
+    alone = quiet(CLASSES[task].from_pretrained(four, dtype=torch.float32, use_safetensors=True))
     expected = draw(alone, **INPUTS[task])
     assert np.array_equal(draw(loaded.pipelines[task], **INPUTS[task]), expected)
     assert expected.std() > 0.01
@@ -80,7 +66,7 @@ def test_each_draws_what_diffusers_draws(loaded: LoadedPipeline, folder: Path, t
     ("name", "tasks", "denoiser", "size_factor"),
     [
         ("sdxl", list(Task), "unet", 8),
-        ("sd3", [Task.TEXT, Task.IMAGE], "transformer", 4),
+        ("sd3", list(Task), "transformer", 4),
         ("flux", list(Task), "transformer", 4),
         ("pixart", [Task.TEXT], "transformer", 32),
     ],
@@ -111,6 +97,12 @@ def test_a_model_for_inpainting_does_nothing_else(tmp_path: Path) -> None:
     loaded = load(of_class("StableDiffusionInpaintPipeline", tmp_path, **four_channels(in_channels=9)))
     assert list(loaded.pipelines) == [Task.INPAINT]
     assert draw(loaded.pipeline, **INPUTS[Task.INPAINT]).shape == (32, 32, 3)
+
+
+def test_a_transformer_that_sees_masks_does_nothing_else(tmp_path: Path) -> None:
+    loaded = load(tiny_pipeline("sd3 for masks", tmp_path))
+    assert list(loaded.pipelines) == [Task.INPAINT]
+    assert type(loaded.pipeline) is diffusers.StableDiffusion3InpaintPipeline
 
 
 def test_latents_that_the_inpainting_class_cannot_take_leave_it_out() -> None:

@@ -41,7 +41,8 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=special + letters, extra_ids=0, model_max_length=64)
 
 
-def clip_encoder(*, projects: bool = False) -> Any:
+def clip(suffix: str = "", *, projects: bool = False) -> dict[str, Any]:
+    """A text encoder and its tokenizer, by the names that a pipeline has for them."""
     tokenizer = clip_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -55,15 +56,15 @@ def clip_encoder(*, projects: bool = False) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return (CLIPTextModelWithProjection if projects else CLIPTextModel)(config)
+    encoder = (CLIPTextModelWithProjection if projects else CLIPTextModel)(config)
+    return {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
 
 
-def t5_encoder() -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=128, d_model=2 * WIDTH, d_ff=32, d_kv=8, num_layers=1, num_heads=2, dropout_rate=0.0
-        )
+def t5(suffix: str = "") -> dict[str, Any]:
+    config = T5Config(
+        vocab_size=128, d_model=2 * WIDTH, d_ff=32, d_kv=8, num_layers=1, num_heads=2, dropout_rate=0.0
     )
+    return {f"text_encoder{suffix}": T5EncoderModel(config), f"tokenizer{suffix}": t5_tokenizer()}
 
 
 def vae(*, latent_channels: int = 4, halvings: int = 1, **config: Any) -> diffusers.AutoencoderKL:
@@ -92,6 +93,52 @@ def unet(**config: Any) -> diffusers.UNet2DConditionModel:
     return diffusers.UNet2DConditionModel(**(usual | config))
 
 
+def sd3_transformer(*, channels: int = 4, out_channels: int | None = None) -> Any:
+    return diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=channels,
+        out_channels=out_channels or channels,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=2 * WIDTH,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=16,
+    )
+
+
+def flux_transformer(*, channels: int = 1) -> Any:
+    """``channels``: of the latents, four of which are one of its own."""
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * channels,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+
+
+def pixart_transformer() -> Any:
+    return diffusers.PixArtTransformer2DModel(
+        sample_size=32,
+        patch_size=4,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=2 * WIDTH,
+    )
+
+
 def noise_schedule(**config: Any) -> diffusers.DDIMScheduler:
     return diffusers.DDIMScheduler(
         beta_start=0.00085,
@@ -112,11 +159,10 @@ def stable_diffusion() -> Any:
         unet=unet(),
         vae=vae(),
         scheduler=noise_schedule(),
-        text_encoder=clip_encoder(),
-        tokenizer=clip_tokenizer(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+        **clip(),
     )
 
 
@@ -131,80 +177,47 @@ def stable_diffusion_xl() -> Any:
         ),
         vae=vae(),
         scheduler=diffusers.EulerDiscreteScheduler.from_config(noise_schedule().config),
-        text_encoder=clip_encoder(projects=False),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=clip_encoder(projects=True),
-        tokenizer_2=clip_tokenizer(),
         add_watermarker=False,
+        **clip(),
+        **clip("_2", projects=True),
     )
 
 
-def stable_diffusion_3() -> Any:
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=diffusers.SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            caption_projection_dim=32,
-            joint_attention_dim=2 * WIDTH,
-            pooled_projection_dim=2 * WIDTH,
-            pos_embed_max_size=16,
-        ),
-        vae=vae(shift_factor=0.0609, scaling_factor=1.5305),
+def stable_diffusion_3(kind: Any = diffusers.StableDiffusion3Pipeline, **transformer: int) -> Any:
+    """With as many channels of latents as the models that there are: inpainting counts on them."""
+    return kind(
+        transformer=sd3_transformer(**({"channels": 16} | transformer)),
+        vae=vae(latent_channels=16, shift_factor=0.0609, scaling_factor=1.5305),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=clip_encoder(projects=True),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=clip_encoder(projects=True),
-        tokenizer_2=clip_tokenizer(),
-        text_encoder_3=t5_encoder(),
-        tokenizer_3=t5_tokenizer(),
+        **clip(projects=True),
+        **clip("_2", projects=True),
+        **t5("_3"),
+    )
+
+
+def stable_diffusion_3_for_masks() -> Any:
+    """Its denoiser sees the mask and what is masked, too."""
+    return stable_diffusion_3(
+        diffusers.StableDiffusion3InpaintPipeline, channels=16 + 1 + 16, out_channels=16
     )
 
 
 def flux() -> Any:
     return diffusers.FluxPipeline(
-        transformer=diffusers.FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=4,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=2 * WIDTH,
-            pooled_projection_dim=WIDTH,
-            axes_dims_rope=(4, 4, 8),
-            guidance_embeds=True,
-        ),
+        transformer=flux_transformer(),
         vae=vae(latent_channels=1, shift_factor=0.1159, scaling_factor=0.3611),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        text_encoder=clip_encoder(),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=t5_encoder(),
-        tokenizer_2=t5_tokenizer(),
+        **clip(),
+        **t5("_2"),
     )
 
 
 def pixart() -> Any:
     return diffusers.PixArtAlphaPipeline(
-        transformer=diffusers.PixArtTransformer2DModel(
-            sample_size=32,
-            patch_size=4,
-            in_channels=4,
-            out_channels=8,
-            num_layers=2,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            cross_attention_dim=16,
-            caption_channels=2 * WIDTH,
-        ),
+        transformer=pixart_transformer(),
         vae=vae(halvings=3),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
-        text_encoder=t5_encoder(),
-        tokenizer=t5_tokenizer(),
+        **t5(),
     )
 
 
@@ -215,10 +228,14 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "flux": flux,
     "pixart": pixart,
 }
+FOR_MASKS: dict[str, Callable[[], Any]] = {"sd3 for masks": stable_diffusion_3_for_masks}
 UNCONDITIONAL: dict[str, Callable[[], Any]] = {
     "ddpm": diffusers.DDPMScheduler,
     "ddim": diffusers.DDIMScheduler,
 }
+
+
+NAMES = (*PIPELINES, *FOR_MASKS, *UNCONDITIONAL)
 
 
 def tiny_pipeline(name: str, folder: Path) -> Path:
@@ -226,7 +243,7 @@ def tiny_pipeline(name: str, folder: Path) -> Path:
     if name in UNCONDITIONAL:
         return unconditional(folder, UNCONDITIONAL[name]())
     torch.manual_seed(0)
-    pipeline = PIPELINES[name]()
+    pipeline = (PIPELINES | FOR_MASKS)[name]()
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval()

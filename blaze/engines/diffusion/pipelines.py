@@ -231,14 +231,15 @@ def _serves(pipeline: DiffusionPipeline, task: Task) -> bool:
     denoiser, vae = _denoiser(pipeline), pipeline.components.get("vae")
     if pipeline.config.get("requires_aesthetics_score") and task is Task.TEXT:
         return False  # a refiner: it has learned the last steps only
-    if isinstance(denoiser, SD3Transformer2DModel) and task is Task.INPAINT:
-        return denoiser.config.in_channels in (16, 33)  # likewise on sixteen
-    if not isinstance(denoiser, UNet2DConditionModel) or vae is None:
+    if not isinstance(denoiser, UNet2DConditionModel | SD3Transformer2DModel) or vae is None:
         return True
-    latents = vae.config.latent_channels
-    if task is Task.INPAINT:  # these classes count on four channels of latents
-        return latents == 4 and denoiser.config.in_channels in (4, 9)
-    return bool(denoiser.config.in_channels == latents)
+    latents, seen = vae.config.latent_channels, denoiser.config.in_channels
+    if (
+        task is Task.INPAINT
+    ):  # with the mask and what is masked, or without; the classes count on these numbers
+        usual = 4 if isinstance(denoiser, UNet2DConditionModel) else 16
+        return latents == usual and seen in (latents, 2 * latents + 1)
+    return bool(seen == latents)
 
 
 def _parameters(pipeline: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
