@@ -32,6 +32,14 @@ class KVCacheStatus:
 
 
 @dataclass(frozen=True)
+class DiffusionStatus:
+    """How often there was NaN or infinity instead of an image; counters since the start."""
+
+    decoded_again: int  # images and previews that were too much for 16 bits: in fp32
+    non_finite: int  # requests that failed for it
+
+
+@dataclass(frozen=True)
 class EngineStatus:
     """An engine's own account of itself; ``work_pending`` counts queued and running requests."""
 
@@ -43,6 +51,7 @@ class EngineStatus:
     last_step_age_s: float | None  # None before the first step
     detail: str | None = None  # why it failed, or why it cannot work as it usually does
     kv_cache: KVCacheStatus | None = None  # of LLM engines
+    diffusion: DiffusionStatus | None = None  # of diffusion engines
     prefixes: bytes = b""  # packed links of the prompts that it holds, see prompt_chain.py
 
     @property

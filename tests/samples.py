@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, Literal
 
-from blaze.reports import EngineStatus, Heartbeat
+from blaze.reports import DiffusionStatus, EngineStatus, Heartbeat
 from blaze.sampling_params import SamplingParams
 from blaze.types import (
     Caller,
@@ -74,8 +74,10 @@ def heartbeat(
     running: int = 0,
     queued: int = 0,
     detail: str | None = None,
+    diffusion: DiffusionStatus | None = None,
 ) -> Heartbeat:
-    status = EngineStatus(EngineKind.LLM, state, running, queued, 5, 0.5, detail)
+    kind = EngineKind.LLM if diffusion is None else EngineKind.DIFFUSION
+    status = EngineStatus(kind, state, running, queued, 5, 0.5, detail, diffusion=diffusion)
     return Heartbeat(replica_id, model, rank, "node-1", 4711, status, memory_bytes=1 << 20)
 
 

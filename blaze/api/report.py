@@ -75,6 +75,7 @@ def _replica_statuses(view: ClusterView) -> list[dict[str, Any]]:
                 "steps": beat.engine.steps_done,
                 "memory_bytes": beat.memory_bytes,
                 "kv_cache": None if beat.engine.kv_cache is None else asdict(beat.engine.kv_cache),
+                "diffusion": None if beat.engine.diffusion is None else asdict(beat.engine.diffusion),
                 "detail": beat.engine.detail,
             }
         )
@@ -100,6 +101,7 @@ class _ClusterCollector(Collector):
         yield from self._models()
         yield from self._replicas()
         yield from self._kv_caches()
+        yield from self._diffusion()
 
     def _models(self) -> Iterator[Metric]:
         requests = CounterMetricFamily("blaze_requests", "Attempts that ended.", labels=["model", "outcome"])
@@ -185,6 +187,21 @@ class _ClusterCollector(Collector):
             hits.add_metric(names, cache.prefix_hits)
             preempted.add_metric(names, cache.preemptions)
         yield from (memory, queries, hits, preempted)
+
+    def _diffusion(self) -> Iterator[Metric]:
+        labels = ["model", "replica"]
+        again = CounterMetricFamily(
+            "blaze_images_decoded_again", "Too much for 16 bits: in fp32.", labels=labels
+        )
+        failed = CounterMetricFamily(
+            "blaze_non_finite_requests", "Failed, for there was NaN or infinity.", labels=labels
+        )
+        for replica in self._view.replicas:
+            if (status := replica.heartbeat.engine.diffusion) is not None:
+                names = [replica.heartbeat.model, replica.heartbeat.replica_id]
+                again.add_metric(names, status.decoded_again)
+                failed.add_metric(names, status.non_finite)
+        yield from (again, failed)
 
 
 def _buckets(model: ModelCounters) -> list[tuple[str, float]]:

@@ -76,8 +76,8 @@ class Recorder:
         self._latents: torch.Tensor | None = None
         checked_vae, finish = drawing.checked_vae, ImageWriter.finish
 
-        def recording_vae(vae: Any) -> Any:
-            checked = checked_vae(vae)
+        def recording_vae(vae: Any, *options: Any) -> Any:
+            checked = checked_vae(vae, *options)
             decode = checked.decode
 
             def recorded(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

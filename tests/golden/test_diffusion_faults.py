@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from blaze.engines.diffusion import pipelines
+from blaze.reports import DiffusionStatus
 from blaze.types import Event, Failed, Finished, ImageReady, ImageRequest
 from tests.golden.diffusion import engine_of, events_of, loaded_by
 from tests.golden.pipeline_folders import DIGITS, load, picture, with_safety_checker
@@ -88,12 +89,14 @@ async def test_one_image_that_overflows_in_16_bits_is_decoded_once_more_in_fp32(
         decoding.spoil = _overflow_in_16_bits
         events = await events_of(engine, request(n=3))
         assert loaded_by(engine).pipeline.vae.dtype is torch.bfloat16
+        status = await engine.get_health_status()
     assert isinstance(events[-1], Finished)
     assert [event for event in events if isinstance(event, ImageReady) and event.index != 1] == [
         event for event in good if isinstance(event, ImageReady) and event.index != 1
     ]
     assert len([event for event in events if isinstance(event, ImageReady)]) == 3
     assert decoding.calls == [(torch.bfloat16, 3), (torch.float32, 1)]
+    assert status.diffusion == DiffusionStatus(decoded_again=1, non_finite=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -103,6 +106,8 @@ async def test_an_image_that_is_no_numbers_in_fp32_either_is_an_error_and_not_de
     async with engine_of(DIGITS, dtype=str(dtype).removeprefix("torch.")) as engine:
         decoding.spoil = _overflow_anyway
         events = await events_of(engine, request())
+        status = await engine.get_health_status()
+    assert status.diffusion == DiffusionStatus(int(dtype is torch.bfloat16), non_finite=1)
     assert isinstance(events[-1], Failed)
     assert (events[-1].error.http_status, events[-1].error.code) == (500, "non_finite_output")
     assert not any(isinstance(event, ImageReady) for event in events)

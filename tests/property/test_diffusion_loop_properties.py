@@ -14,6 +14,7 @@ from PIL import Image
 
 from blaze.engine_config import DiffusionConfig
 from blaze.engines.channel import Bell, EventChannel
+from blaze.engines.diffusion.counter import NonFiniteCounter
 from blaze.engines.diffusion.job import Job
 from blaze.engines.diffusion.loop import DiffusionLoop
 from blaze.engines.diffusion.writer import ImageWriter
@@ -65,13 +66,15 @@ class Bench:
         self.pipeline.script.before_step = self.before_step
         self.pipeline.unet.before = self.before_forward
         self.bell = Bell()
-        self.writer = ImageWriter(self.bell)
+        counter = NonFiniteCounter()
+        self.writer = ImageWriter(self.bell, counter)
         self.progress = StepCounter(self.clock)
         self.loop = DiffusionLoop(
             fake_pipeline(self.pipeline, whole_because="the test says so" if whole else None),
             DiffusionConfig(max_batch_size=MAX_IMAGES, deterministic=deterministic),
             writer=self.writer,
             progress=self.progress,
+            counter=counter,
             stopping=threading.Event(),
         )
         self.clients: list[Client] = []

@@ -19,6 +19,7 @@ class FakeVAE(nn.Module):
         self.weight = nn.Parameter(torch.ones(1, dtype=dtype))
         self.config = config
         self.decoded: list[int] = []
+        self.generator: object = None
         self.largest = 100.0
         self.overflow = float("nan")
         self.before: Callable[[Tensor], None] = lambda _z: None
@@ -30,6 +31,7 @@ class FakeVAE(nn.Module):
     def decode(self, z: Tensor, return_dict: bool = True, generator: object = None) -> Any:
         self.before(z)
         self.decoded.append(len(z))
+        self.generator = generator
         pixels = z * self.weight
         if self.dtype is not torch.float32:
             pixels = pixels.masked_fill(pixels.abs() > self.largest, self.overflow)
@@ -90,6 +92,24 @@ def test_other_errors_are_those_of_the_vae() -> None:
     vae.before = fail
     with pytest.raises(ValueError, match="layer"):
         checked_vae(vae).decode(latents(1))
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_latents_that_nobody_waits_for_are_not_decoded(return_dict: bool) -> None:
+    vae, again = FakeVAE(), []
+    checked = checked_vae(vae, lambda _total: [0, 2], again.append)
+    generators = [object(), object(), object()]
+    result = checked.decode(latents(1, 200, 3), return_dict=return_dict, generator=generators)
+    assert rows(result.sample if return_dict else result[0]) == [1, 0, 3]
+    assert vae.decoded == [2]
+    assert vae.generator == [generators[0], generators[2]]
+    assert sum(again) == 0, "and what they would have become is nothing to mend"
+
+
+def test_it_is_told_how_many_were_decoded_again() -> None:
+    again: list[int] = []
+    checked_vae(FakeVAE(), on_decoded_again=again.append).decode(latents(1, 200, 300))
+    assert sum(again) == 2
 
 
 # --- Previews ------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from blaze.engines.diffusion.parameters import seeds
+from blaze.reports import DiffusionStatus
 from blaze.types import Event, Failed, Finished, ImageReady, PartialImage, Progress, Started, Usage
 from tests.drawing_bench import DrawingBench, level, levels
 from tests.samples import collect, image_request, terminals, text_request
@@ -291,18 +292,33 @@ async def test_case_41_latents_that_are_no_numbers_are_an_error_not_a_black_or_w
     assert isinstance(broken[-1], Failed)
     assert (broken[-1].error.http_status, broken[-1].error.code) == (500, "non_finite_output")
     assert (levels(black), levels(good)) == ([0], [0])
+    assert (await bench.engine.get_health_status()).diffusion == DiffusionStatus(0, non_finite=1)
 
 
 class BreaksAt:
     """A safety checker that cannot look at pictures of this level."""
 
-    def __init__(self, broken: int) -> None:
+    def __init__(self, broken: int | None = None) -> None:
         self._broken = broken
 
     def flags(self, images: Sequence[Image.Image]) -> tuple[bool, ...]:
         if any(image.getextrema()[0][0] == self._broken for image in images):
             raise RuntimeError("no such layer")
         return (False,) * len(images)
+
+
+async def test_what_is_no_numbers_is_counted_where_the_safety_checker_looks_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = DrawingBench(monkeypatch)
+    bench.loaded = replace(bench.loaded, safety_checker=BreaksAt())
+    await bench.engine.start()
+    last = (await bench.draw(image_request("nan")))[-1]
+    status = await bench.engine.get_health_status()
+    await bench.engine.stop()
+    assert isinstance(last, Failed)
+    assert last.error.code == "non_finite_output"
+    assert status.diffusion == DiffusionStatus(0, non_finite=1)
 
 
 async def test_who_is_answered_is_not_drawn_again_when_the_next_of_the_group_fails(
@@ -379,6 +395,24 @@ async def test_one_of_a_group_who_leaves_gives_its_place_to_whoever_waits(bench:
                 held_again.release()
         assert levels(await staying) == [3, 4]
     assert bench.script.calls[2:] == [["D", "D"]]
+
+
+async def test_one_of_a_group_who_leaves_is_computed_no_further(bench: DrawingBench) -> None:
+    with bench.held_at("A") as held:
+        blocker = bench.begin("A", seed=1, num_inference_steps=1)
+        await held.until_reached()
+        group = [bench.begin(prompt, seed=ord(prompt), num_inference_steps=4) for prompt in "BCD"]
+        await bench.queued(3)
+        with bench.held_at("B", step=1) as held_group:
+            held.release()
+            await blocker
+            await held_group.until_reached()
+            group[1].cancel()
+            await asyncio.gather(group[1], return_exceptions=True)
+            held_group.release()
+            assert [levels(await group[0]), levels(await group[2])] == [[ord("B")], [ord("D")]]
+    tried = ["BCD", "BD"]  # the first time, whole and without: what differs stays whole
+    assert bench.batches == ["A", "BCD", *tried, "BD", "BD", "BD"]
 
 
 async def test_a_group_is_given_up_when_its_last_reader_has_left(bench: DrawingBench) -> None:

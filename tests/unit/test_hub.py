@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blaze.errors import Cancelled, ReplicaStopping
-from tests.hub_bench import Caller, HubBench
+from tests.hub_bench import Caller, CountingDenoiser, HubBench
 
 
 @pytest.fixture
@@ -100,3 +100,134 @@ def test_nothing_is_kept_of_calls_that_have_ended(bench: HubBench) -> None:
     callers.clear()
     gc.collect()
     assert [caller() for caller in gone] == [None, None]
+
+
+# --- Images that nobody waits for any more ---------------------------------------------------------------
+
+
+def rows(bench: HubBench) -> list[list[tuple[int, int]]]:
+    """Of each forward: whose they are, and which of their images."""
+    pairs = zip(bench.batches, bench.module.images, strict=True)
+    return [list(zip(numbers, images, strict=True)) for numbers, images in pairs]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_who_leaves_a_call_is_out_of_the_next_forward_in_every_block_of_guidance(
+    bench: HubBench, blocks: int
+) -> None:
+    bench.trust_narrow(blocks)
+    group, other = Caller(1, 4, images=3, blocks=blocks), Caller(2, 4)
+    bench.start(group, other)
+    bench.step()
+    group.left = {1}
+    bench.step()
+    group.left = {1, 0}
+    bench.finish()
+    alone = [(2, 0)]
+    assert rows(bench) == [
+        [(1, 0), (1, 1), (1, 2)] * blocks + alone,
+        [(1, 0), (1, 2)] * blocks + alone,
+        [(1, 2)] * blocks + alone,
+        [(1, 2)] * blocks + alone,
+    ]
+    assert (group.ends, other.ends) == ([None], [None]), "and the rows of those who stay are theirs"
+
+
+def test_what_becomes_of_who_has_left_is_nobodys_business(bench: HubBench) -> None:
+    bench.trust_narrow(blocks=2)
+    group = Caller(1, 3, images=3, blocks=2)
+    bench.start(group)
+    group.left, group.spoils = {1}, True
+    bench.finish()
+    assert [len(batch) for batch in bench.batches] == [4, 4, 4]
+    assert group.ends == [None]
+
+
+def test_the_first_time_a_narrow_call_is_compared_with_the_whole_one(bench: HubBench) -> None:
+    group = Caller(1, 3, images=3, blocks=2)
+    group.left = {0}
+    bench.start(group)
+    bench.finish()
+    assert [len(batch) for batch in bench.batches] == [6, 4, 4, 4, 4]
+    assert group.ends == [None]
+
+
+def test_their_places_in_a_forward_are_others(bench: HubBench) -> None:
+    bench.trust_narrow()
+    group, late = Caller(1, 3, images=8), Caller(2, 3, images=4)
+    bench.start(group, late)
+    bench.step()
+    assert bench.batches == [[1] * 8], "eight at once are the most"
+    group.left = {1, 3, 5, 7}
+    bench.step()  # of those who wait longest, which is the late one now
+    assert bench.batches[1:] == [[2] * 4 + [1] * 4]
+
+
+def test_rows_in_another_order_than_block_by_block_stay_whole(bench: HubBench) -> None:
+    bench.trust_narrow(blocks=2)
+    group = Caller(1, 2, images=3, blocks=2, interleaved=True)
+    group.left = {0}
+    bench.start(group)
+    bench.finish()
+    assert [len(batch) for batch in bench.batches] == [6, 6]
+    assert group.ends == [None]
+
+
+def test_images_that_nothing_tells_apart_are_not_what_trust_is_built_on(bench: HubBench) -> None:
+    group = Caller(1, 2, images=3, blocks=2, distinct=False)
+    group.left = {0}
+    bench.start(group)
+    bench.finish()
+    assert [len(batch) for batch in bench.batches] == [6, 6]
+    told_apart = Caller(2, 1, images=3, blocks=2)
+    told_apart.left = {0}
+    bench.start(told_apart)
+    bench.finish()
+    assert [len(batch) for batch in bench.batches[2:]] == [6, 4, 4]
+    assert (group.ends, told_apart.ends) == ([None], [None])
+
+
+def test_without_guidance_there_is_one_order_only(bench: HubBench) -> None:
+    group = Caller(1, 2, images=3, distinct=False)
+    group.left = {0}
+    bench.start(group)
+    bench.finish()
+    assert [len(batch) for batch in bench.batches] == [3, 2, 2, 2]
+    assert group.ends == [None]
+
+
+def test_a_denoiser_whose_rows_depend_on_each_other_gets_whole_calls() -> None:
+    class Counting(CountingDenoiser):
+        def forward(
+            self, sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool = True
+        ) -> tuple[torch.Tensor]:
+            (output,) = super().forward(sample, timestep, return_dict)
+            return (output + len(sample),)
+
+    bench = HubBench(module=Counting())
+    group = Caller(1, 3, images=3)
+    group.left = {0}
+    group.gain += 3
+    bench.start(group)
+    bench.finish()
+    assert [len(batch) for batch in bench.batches] == [3, 2, 3, 3, 3]
+    assert group.ends == [None]
+
+
+def test_a_failure_says_nothing_of_leaving_rows_out(bench: HubBench) -> None:
+    def fail(_numbers: list[int]) -> None:
+        raise ValueError("once")
+
+    group = Caller(1, 1, images=2)
+    group.left = {0}
+    bench.module.before = fail
+    bench.start(group)
+    bench.finish()
+    assert [type(end) for end in group.ends] == [ValueError]
+    bench.module.before = lambda _numbers: None
+    again = Caller(2, 1, images=2)
+    again.left = {0}
+    bench.start(again)
+    bench.finish()
+    assert again.ends == [None]
+    assert len(bench.batches[-1]) == 1

@@ -10,9 +10,11 @@ import pytest
 
 from blaze.engines.channel import Bell, EventChannel
 from blaze.engines.diffusion import writer as writer_module
+from blaze.engines.diffusion.counter import NonFiniteCounter
 from blaze.engines.diffusion.images import Pixels
 from blaze.engines.diffusion.job import Job
 from blaze.engines.diffusion.writer import ImageWriter
+from blaze.reports import DiffusionStatus
 from blaze.types import Event, Failed, Finished, ImageReady, PartialImage
 from tests.fakes import FakeClock
 from tests.samples import collect, image_request
@@ -22,7 +24,8 @@ from tests.waiting import until
 class WriterBench:
     def __init__(self) -> None:
         self.bell = Bell()
-        self.writer = ImageWriter(self.bell)
+        self.counter = NonFiniteCounter()
+        self.writer = ImageWriter(self.bell, self.counter)
 
     def job(self, **options: Any) -> Job:
         return Job(image_request(**options), EventChannel(self.bell), FakeClock())
@@ -105,6 +108,7 @@ async def test_one_image_that_is_no_number_fails_its_request(bench: WriterBench)
     (event,) = await events_of(job)
     assert isinstance(event, Failed)
     assert event.error.code == "non_finite_output"
+    assert bench.counter.status() == DiffusionStatus(decoded_again=0, non_finite=1)
 
 
 async def test_an_encoder_that_fails_fails_the_request(
@@ -117,6 +121,7 @@ async def test_an_encoder_that_fails_fails_the_request(
     job = bench.job()
     bench.writer.finish(job, [grey()])
     (event,) = await events_of(job)
+    assert bench.counter.status().non_finite == 0
     assert isinstance(event, Failed)
     assert event.error.http_status == 500
     assert "disk" not in event.error.message

@@ -6,7 +6,7 @@ from blaze.api.report import metrics_text, status_object
 from blaze.api.service import ModelCard, Readiness
 from blaze.errors import EngineFailure
 from blaze.health.supervisor import ClusterView
-from blaze.reports import TTFT_BUCKETS_S, RouterReport
+from blaze.reports import TTFT_BUCKETS_S, DiffusionStatus, RouterReport
 from blaze.types import EngineKind
 from blaze.version import __version__
 from tests.fakes import FakePool, FakeService, Script
@@ -67,6 +67,23 @@ async def test_the_histogram_of_first_content_is_cumulative() -> None:
     assert buckets == sorted(buckets)
     assert buckets[-1] == found[f"{name}_count", (("model", "m"),)] == 2
     assert found[f"{name}_sum", (("model", "m"),)] == 0.0  # the clock of the test stood still
+
+
+async def test_images_that_were_no_numbers_are_counted() -> None:
+    service = await used_service()
+    service.heartbeat(heartbeat("x", model="d", diffusion=DiffusionStatus(decoded_again=3, non_finite=1)))
+    found = samples(await service.metrics())
+    x = (("model", "d"), ("replica", "x"))
+    assert found["blaze_images_decoded_again_total", x] == 3
+    assert found["blaze_non_finite_requests_total", x] == 1
+    assert not any(
+        name.startswith("blaze_non_finite") and dict(labels)["model"] == "m" for name, labels in found
+    )
+    replicas = (await service.status())["replicas"]
+    assert {replica["id"]: replica["diffusion"] for replica in replicas} == {
+        "a": None,
+        "x": {"decoded_again": 3, "non_finite": 1},
+    }
 
 
 def test_metrics_of_an_empty_cluster_parse() -> None:

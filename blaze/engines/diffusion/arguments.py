@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -67,6 +67,7 @@ class Arguments:
 
     rows: int
     nodes: Mapping[str, Node]
+    first: str  # the argument that counts the rows: what is denoised
     structure: Hashable  # what is batched and what is shared, without sizes
     key: Hashable  # equal for calls that can be joined, as far as their shared tensors are equal too
     shared: tuple[Tensor, ...]
@@ -88,6 +89,7 @@ class Arguments:
         return cls(
             rows=rows,
             nodes=nodes,
+            first=signature.names[0],
             structure=tuple((name, structure) for name, (structure, _) in details),
             key=tuple((name, *detail) for name, detail in details),
             shared=tuple(shared),
@@ -102,8 +104,23 @@ class Arguments:
 
     def cut(self, start: int, stop: int) -> Arguments:
         """The rows from ``start`` to ``stop``."""
-        nodes = {name: _cut(node, start, stop) for name, node in self.nodes.items()}
-        return Arguments(stop - start, nodes, self.structure, self.key, self.shared)
+        return self._of_rows(slice(start, stop), stop - start)
+
+    def select(self, rows: Sequence[int]) -> Arguments:
+        """These rows, in this order."""
+        return self._of_rows(list(rows), len(rows))
+
+    def denoised(self) -> list[Tensor] | None:
+        """What is denoised, by row. None: it has no rows."""
+        match self.nodes[self.first]:
+            case Rows(tensor):
+                return list(tensor.unbind())
+            case RowList(items):
+                return [item for item in items if isinstance(item, Tensor)]
+        return None
+
+    def _of_rows(self, rows: slice | list[int], count: int) -> Arguments:
+        return replace(self, rows=count, nodes={name: _take(node, rows) for name, node in self.nodes.items()})
 
 
 def join(parts: Sequence[Arguments]) -> dict[str, object]:
@@ -212,17 +229,17 @@ def _join(nodes: Sequence[Node]) -> object:
             return first
 
 
-def _cut(node: Node, start: int, stop: int) -> Node:
+def _take(node: Node, rows: slice | list[int]) -> Node:
     match node:
         case Rows(tensor, mixes):
-            return Rows(tensor[start:stop], mixes)
+            return Rows(tensor[rows], mixes)
         case RowList(items):
-            return RowList(items[start:stop])
+            return RowList(items[rows] if isinstance(rows, slice) else [items[row] for row in rows])
         case dict():
-            return {key: _cut(item, start, stop) for key, item in node.items()}
+            return {key: _take(item, rows) for key, item in node.items()}
         case list():
-            return [_cut(item, start, stop) for item in node]
+            return [_take(item, rows) for item in node]
         case tuple():
-            return tuple(_cut(item, start, stop) for item in node)
+            return tuple(_take(item, rows) for item in node)
         case _:
             return node

@@ -8,6 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from blaze.engines.diffusion.adapters import Adapters
+from blaze.engines.diffusion.counter import NonFiniteCounter
 from blaze.engines.diffusion.decoding import checked_vae, preview
 from blaze.engines.diffusion.images import Pixels, to_image, to_pixels
 from blaze.engines.diffusion.job import Job
@@ -44,6 +46,7 @@ class Studio:
     loaded: LoadedPipeline
     writer: ImageWriter
     stopping: threading.Event
+    counter: NonFiniteCounter
     stand_in: Callable[[], nn.Module] | None = None
     on_step: Callable[[], None] = lambda: None
 
@@ -54,7 +57,9 @@ class Drawing:
 
     def __init__(self, jobs: Sequence[Job], studio: Studio) -> None:
         self._jobs = tuple(jobs)
-        self._live = list(jobs)  # the others have left; their rows are drawn and dropped
+        self._live = list(jobs)  # the others have left
+        ends = list(accumulate(job.images for job in jobs))
+        self._rows = {job: slice(end - job.images, end) for job, end in zip(jobs, ends, strict=True)}
         self._studio = studio
         self._task = task_of(jobs[0].request)
         self._steps_done = 0
@@ -70,9 +75,10 @@ class Drawing:
         return sum(job.images for job in self._jobs)
 
     @property
-    def live_images(self) -> int:
-        """Of those that somebody waits for: the others keep nobody out."""
-        return sum(job.images for job in self._live)
+    def wanted(self) -> list[int]:
+        """Which of the images somebody waits for. The others keep nobody out, and are computed no further."""
+        places = (self._rows[job] for job in self._live)
+        return [row for place in places for row in range(place.start, place.stop)]
 
     @property
     def num_live(self) -> int:
@@ -159,7 +165,7 @@ class Drawing:
         if self._studio.stand_in is not None and loaded.denoiser is not None:
             own[loaded.denoiser] = self._studio.stand_in()
         if isinstance(vae := pipeline.components.get("vae"), nn.Module):
-            own["vae"] = checked_vae(vae)
+            own["vae"] = checked_vae(vae, self._wanted_of, self._studio.counter.decoded_again)
         shell = copy.copy(pipeline)
         shell.__class__ = loaded.shells.get(self._task, type(pipeline))
         vars(shell).update(own)  # not by assignment, with which pipelines rewrite their config
@@ -226,7 +232,7 @@ class Drawing:
             if latents is None or self._shell is None or len(latents) != self.images:
                 return
             for job, number in due:
-                pixels = preview(self._shell, latents[self._rows(job)], self._size(job))
+                pixels = preview(self._shell, latents[self._rows[job]], self._size(job))
                 if pixels is not None and bool(pixels.isfinite().all()):
                     images = list(pixels.permute(0, 2, 3, 1).cpu().numpy())
                     self._check_safety(images)
@@ -236,10 +242,9 @@ class Drawing:
         except Exception:
             logger.warning("no preview of request %s", due[0][0].request.request_id, exc_info=True)
 
-    def _rows(self, job: Job) -> slice:
-        """Where the images of a job are among those of the call."""
-        first = sum(other.images for other in self._jobs[: self._jobs.index(job)])
-        return slice(first, first + job.images)
+    def _wanted_of(self, latents: int) -> Sequence[int]:
+        """Which of so many latents are to be decoded; previews are of one request and not of all."""
+        return self.wanted if latents == self.images else range(latents)
 
     def _size(self, job: Job) -> tuple[int, int]:
         side = self._studio.loaded.default_side
@@ -258,11 +263,12 @@ class Drawing:
         self.unwanted()
         for job in tuple(self._live):
             try:
-                self._check_safety(images[self._rows(job)])
+                self._check_safety(images[self._rows[job]])
             except BlazeError as error:
+                self._studio.counter.failed(error)
                 job.put(Failed(error.info))
             else:
-                self._studio.writer.finish(job, images[self._rows(job)])
+                self._studio.writer.finish(job, images[self._rows[job]])
             self._live.remove(job)  # it is answered, whatever becomes of the next one
 
     def _check_safety(self, images: Sequence[Pixels]) -> None:

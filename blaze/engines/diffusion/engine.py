@@ -16,6 +16,7 @@ import torch
 from blaze.clock import Clock
 from blaze.engine_config import DiffusionConfig
 from blaze.engines.channel import Bell, EventChannel
+from blaze.engines.diffusion.counter import NonFiniteCounter
 from blaze.engines.diffusion.job import Job
 from blaze.engines.diffusion.loop import DiffusionLoop
 from blaze.engines.diffusion.parameters import check_request
@@ -51,6 +52,7 @@ class DiffusionEngine(ThreadedEngine[Job, LoadedPipeline]):
         self._threads = threads
         self._cache = cache
         self._bell = Bell()
+        self._counter = NonFiniteCounter()
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="image-reader")  # one at a time: for memory
 
     def _load(self) -> LoadedPipeline:
@@ -61,7 +63,7 @@ class DiffusionEngine(ThreadedEngine[Job, LoadedPipeline]):
         self._reading.shutdown(wait=False)
 
     async def get_health_status(self) -> EngineStatus:
-        status = await super().get_health_status()
+        status = replace(await super().get_health_status(), diffusion=self._counter.status())
         reason = None if self._loaded is None else self._loaded.whole_because
         if reason is None or status.detail is not None:
             return status
@@ -89,12 +91,13 @@ class DiffusionEngine(ThreadedEngine[Job, LoadedPipeline]):
     # --- The compute thread ------------------------------------------------------------------------
 
     def _work(self, loaded: LoadedPipeline) -> None:
-        writer = ImageWriter(self._bell)
+        writer = ImageWriter(self._bell, self._counter)
         loop = DiffusionLoop(
             loaded,
             self._options,
             writer=writer,
             progress=self._progress,
+            counter=self._counter,
             stopping=self._stopping,
             launching=self._bell.ring,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +14,7 @@ from torch import nn
 
 from blaze.engines.diffusion.adapters import Adapters
 from blaze.engines.diffusion.merger import Denoiser, DenoiserCall, Merger, Result
+from blaze.engines.diffusion.narrowing import Narrower
 from blaze.errors import BlazeError
 
 
@@ -23,6 +24,11 @@ class PipelineCall(Protocol):
     @property
     def images(self) -> int:
         """How many are drawn."""
+        ...
+
+    @property
+    def wanted(self) -> Sequence[int]:
+        """Which of the images somebody waits for, in order."""
         ...
 
     @property
@@ -53,6 +59,7 @@ class Hub:
 
     def __init__(self, merger: Merger) -> None:
         self._merger = merger
+        self._narrower = Narrower(merger.run)
         self._greenlet = getcurrent()
         self._waiting: deque[_Waiting] = deque()  # the longest first
         self._running: PipelineCall | None = None
@@ -61,11 +68,6 @@ class Hub:
     def num_waiting(self) -> int:
         """Calls that have begun and have not ended."""
         return len(self._waiting)
-
-    @property
-    def num_images(self) -> int:
-        """Of these calls."""
-        return sum(waiting.owner.images for waiting in self._waiting)
 
     def stand_in(self, denoiser: Denoiser) -> nn.Module:
         """A shallow copy of the denoiser: the same weights, but its ``forward`` waits for its turn here."""
@@ -86,17 +88,18 @@ class Hub:
     def step(self) -> None:
         """One forward for the call that waits longest and all that go with it, and on to their next ones.
 
-        Calls that nobody wants any more end first.
+        Calls that nobody wants any more end first, and images that nobody wants are left out.
         """
         self._end_unwanted()
         if not self._waiting:
             return
-        chosen = set(self._merger.choose([waiting.call for waiting in self._waiting]))
-        batch = [waiting for index, waiting in enumerate(self._waiting) if index in chosen]
+        calls = [self._narrower.narrow(waiting.call, waiting.owner.wanted) for waiting in self._waiting]
+        chosen = set(self._merger.choose([narrow.call for narrow in calls]))
+        batch = [(w, calls[index]) for index, w in enumerate(self._waiting) if index in chosen]
         self._waiting = deque(w for index, w in enumerate(self._waiting) if index not in chosen)
-        results = self._merger.run([waiting.call for waiting in batch])
-        for waiting, result in zip(batch, results, strict=True):
-            self._go_on(waiting, result)
+        results = self._merger.run([narrow.call for _waiting, narrow in batch])
+        for (waiting, narrow), result in zip(batch, results, strict=True):
+            self._go_on(waiting, narrow.widen(result))
 
     def end(self, error: BlazeError) -> None:
         """End every call with this error."""

@@ -9,6 +9,7 @@ from functools import partial
 from blaze.engine_config import DiffusionConfig
 from blaze.engines.diffusion.adapters import activate
 from blaze.engines.diffusion.batching import WaitingLine
+from blaze.engines.diffusion.counter import NonFiniteCounter
 from blaze.engines.diffusion.drawing import Drawing, Studio
 from blaze.engines.diffusion.hub import Hub
 from blaze.engines.diffusion.job import Job
@@ -33,6 +34,7 @@ class DiffusionLoop:
         *,
         writer: ImageWriter,
         progress: StepCounter,
+        counter: NonFiniteCounter,
         stopping: threading.Event,
         launching: Callable[[], None] = lambda: None,
     ) -> None:
@@ -54,7 +56,7 @@ class DiffusionLoop:
             )
             self._hub = Hub(merger)
             stand_in = partial(self._hub.stand_in, Denoiser(getattr(loaded.pipeline, loaded.denoiser)))
-        self._studio = Studio(loaded, writer, stopping, stand_in, progress.step)
+        self._studio = Studio(loaded, writer, stopping, counter, stand_in, progress.step)
 
     @property
     def merges(self) -> bool:
@@ -93,7 +95,7 @@ class DiffusionLoop:
 
     def _begin(self) -> None:
         """Let in those who waited longest, as far as there is room."""
-        room = self._max_images - sum(drawing.live_images for drawing in self._drawings)
+        room = self._max_images - sum(len(drawing.wanted) for drawing in self._drawings)
         for jobs in self._line.take(room, most_calls=None if self._hub is not None else 1):
             drawing = Drawing(jobs, self._studio)
             self._drawings.append(drawing)

@@ -11,12 +11,9 @@ from torch import nn
 
 from blaze.engines.diffusion.adapters import Adapters
 from blaze.engines.diffusion.arguments import Arguments, Signature, join
-from blaze.engines.diffusion.outputs import join_outputs, split, tensors_of
+from blaze.engines.diffusion.outputs import are_close, is_finite, join_outputs, split, tensors_of
 
 logger = logging.getLogger(__name__)
-
-_TOLERANCE = 1e-3  # of joined rows against the same rows alone, relative; a wrong join is off by its order
-_TOLERANCE_16_BIT = 5e-2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -225,11 +222,11 @@ class Merger:
     def _try_joining(self, calls: Sequence[DenoiserCall], verdict_key: Hashable) -> list[object]:
         """The first calls of their structure, joined and alone: what differs is never joined again."""
         alone = [self._by_itself(call) for call in calls]
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(alone)):
+        if not is_finite(alone):
             return alone  # which tells nothing of joining
         try:
             joined = self._joined(calls)
-            same = all(_are_close(mine, other) for mine, other in zip(joined, alone, strict=True))
+            same = all(are_close(mine, other) for mine, other in zip(joined, alone, strict=True))
             if same and self._fixed_rows is not None:
                 same = self._is_invariant(calls[0], joined[0])
         except Exception as error:
@@ -279,13 +276,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     signs = ("out of memory", "not enough memory", "allocate memory")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
-
-
-def _are_close(one: object, other: object) -> bool:
-    for mine, theirs in zip(tensors_of(one), tensors_of(other), strict=True):
-        is_16_bit = mine.element_size() < 4
-        difference = torch.linalg.vector_norm((mine - theirs).float())
-        scale = torch.linalg.vector_norm(theirs.float())
-        if not bool(difference <= (_TOLERANCE_16_BIT if is_16_bit else _TOLERANCE) * scale):
-            return False
-    return True

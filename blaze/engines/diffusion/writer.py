@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from blaze.engines.channel import Bell
+from blaze.engines.diffusion.counter import NonFiniteCounter
 from blaze.engines.diffusion.images import Pixels, encode, to_image
 from blaze.engines.diffusion.job import Job
 from blaze.engines.diffusion.parameters import seeds
@@ -20,8 +21,9 @@ logger = logging.getLogger(__name__)
 class ImageWriter:
     """Puts the images of jobs into their channels, those of one job in order."""
 
-    def __init__(self, bell: Bell, *, threads: int = 2) -> None:
+    def __init__(self, bell: Bell, counter: NonFiniteCounter, *, threads: int = 2) -> None:
         self._bell = bell
+        self._counter = counter
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image-writer")
         self._lock = threading.Lock()
         self._unfinished = 0
@@ -55,6 +57,7 @@ class ImageWriter:
         try:
             events = () if job.channel.abandoned else make()
         except BlazeError as error:
+            self._counter.failed(error)
             events = (Failed(error.info),)
         except Exception as error:
             logger.exception("the images of request %s cannot be written", job.request.request_id)
