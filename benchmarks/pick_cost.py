@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import statistics
 import time
@@ -28,6 +29,7 @@ from typing import Any
 from benchmarks import machine
 from blaze.routing.breaker import BreakerBoard
 from blaze.routing.columns import stable_hash
+from blaze.routing.orders import Orders
 from blaze.routing.outcome import Outcome
 from blaze.routing.replica import Lease, ReplicaInfo
 from blaze.routing.replicas import ReplicaTable
@@ -93,8 +95,7 @@ class Pool:
         self.failing = set(ids[:some])
         for id in ids[some : 2 * some]:
             breakers.act(id, "open")
-        for id in ids[2 * some : 3 * some]:
-            self.table.set_draining(id, True)
+        self.table.follow(Orders(drained=dict.fromkeys(ids[2 * some : 3 * some], math.inf)))
         self.table.set_suspects(ids[3 * some : 4 * some])
         self.running: list[Lease] = []
         full = size // 10

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
 
 import httpx
 import psutil
@@ -19,9 +18,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from blaze.drains import drain_body, target, wait_until_idle
 from blaze.errors import BlazeError, EnvironmentProblem
 from blaze.records import is_running, read_records, remove_record
 from blaze.remote import MANAGEMENT, base_url, first_model, get_json, post_json, stream_images, stream_text
+from blaze.status_tables import status_tables
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Serve language and diffusion models on Ray."
@@ -29,10 +30,6 @@ app = typer.Typer(
 console = Console()
 stderr = Console(stderr=True)
 
-_REPLICA_COLUMNS = (
-    *("replica", "model", "pid", "state", "breaker"),
-    *("in flight", "weight", "EWMA", "cost", "requests", "failures", "memory"),
-)
 DEFAULT_CONFIG = Path("serve_config.yaml")
 Url = Annotated[
     str | None, typer.Option(help="Base URL; default: the cluster of `blaze up`, then port 8000.")
@@ -106,26 +103,7 @@ def status(
     if as_json:
         console.print_json(data=body)
         return
-    models = Table("model", "engine", "strategy", "ready", "waiting", title=f"Blaze {body['version']}")
-    for model in body["models"]:
-        ready = f"{model['ready']}/{model['replicas']}"
-        models.add_row(model["name"], model["engine"], model["strategy"], ready, str(model["waiting"]))
-    replicas = Table(*_REPLICA_COLUMNS)
-    for replica in body["replicas"]:
-        ewma = "" if replica["ewma_ms"] is None else f"{replica['ewma_ms']:.0f} ms"
-        weight = "" if replica["weight"] is None else f"{replica['weight']:g}"
-        counts = [str(replica["requests"]), str(replica["failures"])]
-        numbers = [str(replica["in_flight"]), weight, ewma, f"{replica['cost']:.0f}", *counts]
-        memory = f"{replica['memory_bytes'] / 2**20:.0f} MiB"
-        identity = [
-            replica["id"],
-            replica["model"],
-            str(replica["pid"]),
-            replica["state"],
-            replica["breaker"],
-        ]
-        replicas.add_row(*identity, *numbers, memory)
-    console.print(models, replicas)
+    console.print(*status_tables(body))
 
 
 @app.command()
@@ -256,15 +234,26 @@ def route(
 
 @app.command()
 def drain(
-    replica: Annotated[str, typer.Argument(help="Its id, as `blaze status` shows it.")],
-    undo: Annotated[bool, typer.Option("--undo", help="Let it have requests again.")] = False,
+    replica: Annotated[str | None, typer.Argument(help="Its id, as `blaze status` shows it.")] = None,
+    node: Annotated[str | None, typer.Option(help="All replicas of a node, now and later.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Nothing new is begun anywhere.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Requests are sent there again.")] = False,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds until what runs there goes on elsewhere; with --all, ends.")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Until nothing runs there any more.")] = True,
     url: Url = None,
 ) -> None:
-    """Send a replica no new requests; those that it has go on."""
+    """Send a replica, a node or all no new requests; what runs there may finish."""
     with one_line_errors():
-        path = f"/replicas/{quote(replica, safe='')}/drain"
-        post_json(f"{base_url(url)}{MANAGEMENT}{path}", {"draining": not undo})
-        console.print(f"{replica}: {'takes requests' if undo else 'gets no new requests'}")
+        base = base_url(url)
+        drained = target(base, replica, node, everything=everything)
+        post_json(f"{base}{MANAGEMENT}{drained.path}", drain_body(undo=undo, timeout_s=timeout))
+        console.print(f"{drained.name}: {'takes requests' if undo else 'gets no new requests'}")
+        if wait and not undo:
+            with console.status("Draining") as shown:
+                wait_until_idle(base, drained, shown.update)
+            console.print(f"{drained.name}: nothing runs there")
 
 
 @app.command()

@@ -78,6 +78,7 @@ class RouterConfig(Settings):
     slow_start_s: NonNegativeFloat = 30.0  # a replica that has just come gets its share little by little
     sticky_sessions: bool = False  # requests of an x-session-id stay with one replica
     sticky_session_timeout_s: PositiveFloat = 300.0
+    drain_timeout_s: NonNegativeFloat = 30.0  # then what runs on a draining replica goes on elsewhere
 
     @field_validator("api_keys")
     @classmethod

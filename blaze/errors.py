@@ -164,6 +164,13 @@ class Overloaded(BlazeError):
     is_failure = False
 
 
+class Draining(Overloaded):
+    """Nothing new is begun: the cluster is in maintenance, or about to stop."""
+
+    code = "draining"
+    retryable = False
+
+
 class DeadlineExceeded(BlazeError):
     """The request's deadline passed before it was finished."""
 
@@ -224,6 +231,16 @@ class OtherVariant(BlazeError):
     http_status = 503
     type = "overloaded_error"
     code = "other_variant"
+    retryable = True
+    is_failure = False
+
+
+class ReplicaDrained(BlazeError):
+    """The replica is being drained, and there is a place for the request on another one."""
+
+    http_status = 503
+    type = "overloaded_error"
+    code = "replica_drained"
     retryable = True
     is_failure = False
 

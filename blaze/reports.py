@@ -115,6 +115,7 @@ class ModelCounters:
     ttft_sum_s: float
     retries: int = 0
     resumed: int = 0  # answers that went on on another replica
+    open: int = 0  # answers that are being given, or wait to be
     panic: bool = False  # breakers are ignored, for they refuse more than half of the replicas
     transitions: tuple[tuple[str, int], ...] = ()  # (state that a breaker came to, count)
     events: tuple[BreakerEvent, ...] = ()  # the last ones

@@ -16,6 +16,7 @@ from blaze.errors import BlazeError, ErrorInfo
 from blaze.routing.affinity import LOOPBACK, parse_networks
 from blaze.types import Events, Failed, Request
 from deployments.data_plane import clients_are_known
+from deployments.nodes import nodes_of_ray
 from deployments.service import ClusterService
 
 
@@ -25,7 +26,8 @@ class Router:
         self, config: BlazeConfig, engines: dict[str, DeploymentHandle], health: DeploymentHandle
     ) -> None:
         self._config = config.router
-        self._service = ClusterService(config, engines, health, serve.get_replica_context().replica_tag)
+        me = serve.get_replica_context().replica_tag
+        self._service = ClusterService(config, engines, health, me, nodes_of_ray)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         # Serve's own middleware gives every response its x-request-id.

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -15,7 +15,7 @@ from blaze.api.report import metrics_text, status_object
 from blaze.api.service import ModelCard, Readiness
 from blaze.clock import SystemClock
 from blaze.config import BlazeConfig, ModelConfig
-from blaze.control import Change, Control, SetStrategy
+from blaze.control import Change, Control, SetAllDraining, SetNodeDraining, SetStrategy
 from blaze.errors import ConfigError, InvalidRequest, ModelNotFound, NotFound, Overloaded
 from blaze.health.supervisor import ClusterView
 from blaze.reports import ModelCounters, News, ReplicaCounters, RouterReport
@@ -43,10 +43,13 @@ class ClusterService:
         engines: Mapping[str, DeploymentHandle],
         health: DeploymentHandle,
         router_id: str,
+        nodes: Callable[[], Awaitable[Collection[str]]],
     ) -> None:
+        """``nodes``: the ids of the cluster's nodes, those without replicas too."""
         self._config = config
         self._health = health
         self._router_id = router_id
+        self._nodes = nodes
         created = int(time.time())
         self._cards = tuple(ModelCard(m.name, m.engine, created) for m in config.models)
         self._rngs = {m.name: self._rng(m.name) for m in config.models}
@@ -72,6 +75,7 @@ class ClusterService:
                 slow_start_s=router.slow_start_s,
                 sticky_sessions=router.sticky_sessions,
                 sticky_session_timeout_s=router.sticky_session_timeout_s,
+                drain_timeout_s=router.drain_timeout_s,
                 routers=router.replicas,
                 breaker=BreakerSettings(
                     failure_threshold=router.breaker.failure_threshold,
@@ -100,7 +104,8 @@ class ClusterService:
                 model.name
                 for model in self._config.models
                 if not model.may_scale_to_zero and self._dispatchers[model.name].available_replicas == 0
-            )
+            ),
+            draining=self._control.draining_all is not None,
         )
 
     async def open(self, request: Request) -> RoutedStream:
@@ -118,15 +123,7 @@ class ClusterService:
     async def change(self, change: Change) -> None:
         """Numbered by the health actor, applied here at once, and by the other Routers with their next
         reports. Raises :class:`ModelNotFound`, :class:`NotFound` and :class:`Overloaded`."""
-        if isinstance(change, SetStrategy):
-            if change.model not in self._dispatchers:
-                raise ModelNotFound(change.model)
-            try:
-                self._strategy(change.model, change.strategy)
-            except ConfigError as error:
-                raise InvalidRequest(error.message, param="strategy") from None
-        elif not any(change.replica_id in d.table.columns.place for d in self._dispatchers.values()):
-            raise NotFound(f"There is no replica {change.replica_id[:80]!r}.", param="id")
+        await self._check(change)
         try:
             control: Control = await asyncio.wait_for(
                 self._health.change.remote(change, self._control), timeout=_PATIENCE_S
@@ -140,20 +137,35 @@ class ClusterService:
             ) from error
         self._follow(control)
 
+    async def _check(self, change: Change) -> None:
+        """What is changed is there. A node whose drain is taken back may be gone."""
+        tables = [dispatcher.table for dispatcher in self._dispatchers.values()]
+        if isinstance(change, SetStrategy):
+            if change.model not in self._dispatchers:
+                raise ModelNotFound(change.model)
+            try:
+                self._strategy(change.model, change.strategy)
+            except ConfigError as error:
+                raise InvalidRequest(error.message, param="strategy") from None
+        elif isinstance(change, SetNodeDraining):
+            known = {name for name, _ in self._control.draining_nodes}.union(*(t.nodes for t in tables))
+            if change.node not in known and change.node not in await self._nodes():
+                raise NotFound(f"There is no node {change.node[:80]!r}.", param="node")
+        elif isinstance(change, SetAllDraining):
+            return
+        elif not any(change.replica_id in table.columns.place for table in tables):
+            raise NotFound(f"There is no replica {change.replica_id[:80]!r}.", param="id")
+
     def _follow(self, control: Control) -> None:
         before = self._control
         if control.version <= before.version:
             return
-        weights, strategies = dict(control.weights), dict(control.strategies)
+        strategies = dict(control.strategies)
         for name, dispatcher in self._dispatchers.items():
             wanted = strategies.get(name)
             if wanted is not None and wanted != dispatcher.strategy.name:
                 dispatcher.strategy = self._strategy(name, wanted)
-            dispatcher.table.follow(weights, control.draining, control.forced_open)
-            for version, action in control.breakers:
-                if version > before.version and action.replica_id in dispatcher.table.columns.place:
-                    dispatcher.table.breakers.act(action.replica_id, action.action)
-                    dispatcher.table.changed()
+            dispatcher.follow(control)
         self._control = control
 
     async def _view(self) -> ClusterView:

@@ -13,7 +13,16 @@ from blaze.api.endpoint import Endpoint, read_body
 from blaze.api.guard import Guard
 from blaze.api.schemas import parse
 from blaze.api.service import Service
-from blaze.control import ActOnBreaker, Change, SetDraining, SetStrategy, SetWeight
+from blaze.checks import MOST_SECONDS
+from blaze.control import (
+    ActOnBreaker,
+    Change,
+    SetAllDraining,
+    SetDraining,
+    SetNodeDraining,
+    SetStrategy,
+    SetWeight,
+)
 
 _PREFIX = "/api/v1/blaze"
 
@@ -36,9 +45,10 @@ class BreakerBody(_Body):
 
 
 class DrainBody(_Body):
-    """Without a body: drain it."""
+    """Without a body: drain it, in the time of the config."""
 
     draining: bool = True
+    timeout_s: Annotated[float, Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False)] | None = None
 
 
 class Management:
@@ -54,6 +64,8 @@ class Management:
             Route(f"{_PREFIX}/strategy", Endpoint("POST", self.strategy)),
             Route(f"{_PREFIX}/replicas/{{id}}/weight", Endpoint("POST", self.weight)),
             Route(f"{_PREFIX}/replicas/{{id}}/drain", Endpoint("POST", self.drain)),
+            Route(f"{_PREFIX}/nodes/{{node}}/drain", Endpoint("POST", self.drain_node)),
+            Route(f"{_PREFIX}/drain", Endpoint("POST", self.drain_all)),
             Route(f"{_PREFIX}/replicas/{{id}}/breaker", Endpoint("POST", self.breaker)),
         ]
 
@@ -74,8 +86,19 @@ class Management:
         return await self._changed(SetWeight(http.path_params["id"], body.weight))
 
     async def drain(self, http: HTTPRequest) -> Response:
-        body = parse(DrainBody, await self._read(http) or b"{}")
-        return await self._changed(SetDraining(http.path_params["id"], body.draining))
+        body = await self._drain_body(http)
+        return await self._changed(SetDraining(http.path_params["id"], body.draining, body.timeout_s))
+
+    async def drain_node(self, http: HTTPRequest) -> Response:
+        body = await self._drain_body(http)
+        return await self._changed(SetNodeDraining(http.path_params["node"], body.draining, body.timeout_s))
+
+    async def drain_all(self, http: HTTPRequest) -> Response:
+        body = await self._drain_body(http)
+        return await self._changed(SetAllDraining(body.draining, body.timeout_s))
+
+    async def _drain_body(self, http: HTTPRequest) -> DrainBody:
+        return parse(DrainBody, await self._read(http) or b"{}")
 
     async def breaker(self, http: HTTPRequest) -> Response:
         body = parse(BreakerBody, await self._read(http))

@@ -25,6 +25,7 @@ def status_object(
     return {
         "version": __version__,
         "ready": readiness.ready,
+        "draining": view.is_draining,
         "models": [_model_status(card, view, models.get(card.name)) for card in cards],
         "replicas": _replica_statuses(view),
         "client_address": "available" if addresses else "unavailable",
@@ -42,6 +43,7 @@ def _model_status(card: ModelCard, view: ClusterView, counters: ModelCounters | 
         "replicas": len(states),
         "ready": states.count(ReplicaState.READY),
         "waiting": counters.waiting if counters else 0,
+        "open": counters.open if counters else 0,
         "retries": counters.retries if counters else 0,
         "resumed": counters.resumed if counters else 0,
         "panic": counters.panic if counters else False,

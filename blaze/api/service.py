@@ -21,13 +21,15 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """``missing``: models that have no ready replica and may not scale to zero."""
+    """``missing``: models that have no ready replica and may not scale to zero. ``draining``: nothing new is
+    begun."""
 
     missing: tuple[str, ...]
+    draining: bool = False
 
     @property
     def ready(self) -> bool:
-        return not self.missing
+        return not (self.missing or self.draining)
 
 
 class AnswerStream(Protocol):
@@ -62,7 +64,8 @@ class Service(Protocol):
     def readiness(self) -> Readiness: ...
 
     async def open(self, request: Request) -> RoutedStream:
-        """Raises :class:`blaze.errors.ModelNotFound` and :class:`blaze.errors.Overloaded`."""
+        """Raises :class:`blaze.errors.ModelNotFound`, :class:`blaze.errors.Overloaded` and
+        :class:`blaze.errors.Draining`."""
         ...
 
     async def status(self) -> dict[str, Any]:
@@ -70,8 +73,8 @@ class Service(Protocol):
         ...
 
     async def change(self, change: Change) -> None:
-        """Here at once, everywhere within a second. Raises :class:`blaze.errors.NotFound` for a model or
-        replica that there is not, and :class:`blaze.errors.InvalidRequest`."""
+        """Here at once, everywhere within a second. Raises :class:`blaze.errors.NotFound` for a model,
+        replica or node that there is not, and :class:`blaze.errors.InvalidRequest`."""
         ...
 
     async def metrics(self) -> bytes:

@@ -44,6 +44,11 @@ class ClusterView:
     replicas: tuple[ReplicaHealth, ...]
     reports: tuple[RouterReport, ...]
 
+    @property
+    def is_draining(self) -> bool:
+        """No Router begins anything new."""
+        return bool(self.reports) and all(r.control.draining_all is not None for r in self.reports)
+
     def counters(self) -> dict[ReplicaId, ReplicaCounters]:
         """Per replica, summed over the Routers."""
         grouped: dict[ReplicaId, list[ReplicaCounters]] = defaultdict(list)
@@ -202,7 +207,7 @@ def _sum_replica(parts: list[ReplicaCounters]) -> ReplicaCounters:
         cost=sum(part.cost for part in parts),
         ewma_ms=max((part.ewma_ms for part in parts if part.ewma_ms is not None), default=None),
         breaker=max((part.breaker for part in parts), key=_HOW_OPEN.index),
-        draining=any(part.draining for part in parts),
+        draining=all(part.draining for part in parts),  # none of them sends it requests any more
     )
 
 
@@ -220,6 +225,7 @@ def _sum_model(parts: list[ModelCounters]) -> ModelCounters:
         ttft_sum_s=sum(part.ttft_sum_s for part in parts),
         retries=sum(part.retries for part in parts),
         resumed=sum(part.resumed for part in parts),
+        open=sum(part.open for part in parts),
         panic=any(part.panic for part in parts),
         transitions=_sum_outcomes(part.transitions for part in parts),
         events=tuple(event for part in parts for event in part.events),

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from blaze.clock import Clock
-from blaze.errors import BlazeError, DeadlineExceeded, EngineFailure, ErrorInfo, ReplicaUnreachable
+from blaze.errors import (
+    BlazeError,
+    DeadlineExceeded,
+    EngineFailure,
+    ErrorInfo,
+    ReplicaDrained,
+    ReplicaUnreachable,
+)
 from blaze.routing.accounting import ModelAccount
 from blaze.routing.cost import OUTPUT_TOKEN, PROMPT_TOKEN, CostModel
 from blaze.routing.outcome import Outcome
 from blaze.routing.pool import ReplicaCall
 from blaze.routing.replica import Lease
 from blaze.routing.replicas import ReplicaTable
+from blaze.routing.route import Route
+from blaze.routing.running import Running
 from blaze.types import (
     Event,
     Events,
@@ -24,7 +32,6 @@ from blaze.types import (
     GenerateRequest,
     ImageRequest,
     Progress,
-    ReplicaId,
     Request,
     Started,
 )
@@ -43,45 +50,25 @@ class RoutingState:
     running: Running
 
 
-class Running:
-    """The attempts that are under way, by replica."""
-
-    def __init__(self) -> None:
-        self._attempts: dict[ReplicaId, set[Attempt]] = defaultdict(set)
-
-    def add(self, attempt: Attempt) -> None:
-        self._attempts[attempt.replica_id].add(attempt)
-
-    def discard(self, attempt: Attempt) -> None:
-        attempts = self._attempts[attempt.replica_id]
-        attempts.discard(attempt)
-        if not attempts:
-            del self._attempts[attempt.replica_id]
-
-    def lose(self, replica_id: ReplicaId) -> None:
-        for attempt in tuple(self._attempts.get(replica_id, ())):
-            attempt.lose()
-
-
 class Attempt:
     """Batches of events that end with exactly one terminal event."""
 
-    def __init__(
-        self, request: Request, call: ReplicaCall, lease: Lease, state: RoutingState, deadline: float
-    ) -> None:
+    def __init__(self, route: Route, call: ReplicaCall, lease: Lease, state: RoutingState) -> None:
+        self.route = route
         self.replica_id = lease.replica.id
         self.error: ErrorInfo | None = None  # when the answer is nothing but an error
-        self._request = request
+        self._request: Request = route.request
         self._call = call
         self._lease = lease
         self._state = state
         self._first: Events = ()
         self._ended = False  # as far as the replica is concerned
         self._told = False  # the terminal event has been given out
+        self._shown = False  # content has come
         self.died_at_work = False  # the replica went as the engine had taken the request up, and nothing came
         # The engine keeps the deadline itself and says so; who says nothing for a while longer has failed.
         # One timer for all of the answer: one per batch would be a good part of what a batch costs.
-        self._patience_ends = deadline + state.deadline_grace_s
+        self._patience_ends = route.deadline + state.deadline_grace_s
         self._reader: asyncio.Task[object] | None = None
         self._broken: Events | None = None  # how it ends here, whatever the replica says
         state.running.add(self)
@@ -105,6 +92,7 @@ class Attempt:
                 return
             if has_content:
                 self._first = events
+                self._shown = True
                 self._note_first_content(events)
                 return
 
@@ -167,6 +155,40 @@ class Attempt:
         finally:
             self._reader = None
 
+    # --- Moving ---------------------------------------------------------------------------------------
+
+    @property
+    def stays_until(self) -> float | None:
+        """Its replica is being drained; None: it is not."""
+        return self._lease.replica.drained_until
+
+    @property
+    def may_move(self) -> bool:
+        """Somebody is reading it, who will take notice, and there is a way.
+
+        A text goes on only on a replica of its own variant, and whether one is that only shows when it has
+        begun: until then the text stays, so what is sent there has to know all of it.
+        """
+        if self._ended or self._broken is not None or self._reader is None or self.route.ahead is not None:
+            return False
+        return self._shown or not self._goes_on_from
+
+    @property
+    def _goes_on_from(self) -> str:
+        """The variant that began the answer; empty: what comes begins it, or it begins anew."""
+        return self._request.variant if isinstance(self._request, GenerateRequest) else ""
+
+    def move_to(self, lease: Lease) -> None:
+        """There is a place elsewhere. A text that has begun goes there after its next batch, and leaves this
+        replica when it has begun there; all else begins there anew, at once."""
+        self.route.ahead = lease
+        if not (self._shown and isinstance(self._request, GenerateRequest)):
+            self._break(_DRAINED)
+
+    def end(self, error: BlazeError) -> None:
+        """Here and for good."""
+        self._break(_failed(error))
+
     def lose(self) -> None:
         """The replica does not answer any more: the attempt ends here, for a frozen one never says so."""
         self._break(_SILENT)
@@ -184,7 +206,7 @@ class Attempt:
         self._call.cancel()
         if self._reader is not None:
             self._reader.cancel()
-        elif end is _TOO_LATE:  # nobody has asked for more: the replica is not to blame
+        elif end is not _SILENT:  # nobody has asked for more: the replica is not to blame
             self._end(Outcome.NEUTRAL)
 
     # --- What the answer says of its replica ---------------------------------------------------------
@@ -218,6 +240,8 @@ class Attempt:
         self._ended = True
         self._timer.cancel()
         self._state.running.discard(self)
+        if self._broken is not _DRAINED:  # who is on the way there takes it up
+            self.route.drop_ahead()
         if self._lease.release(outcome, response_s=response_s):
             self._state.account.outcome(outcome)
 
@@ -241,4 +265,5 @@ def _failed(error: BlazeError) -> Events:
 
 
 _TOO_LATE = _failed(DeadlineExceeded("The request's deadline passed before it was finished."))
+_DRAINED = _failed(ReplicaDrained("The replica is being drained."))
 _SILENT = _failed(ReplicaUnreachable("The replica does not answer any more."))

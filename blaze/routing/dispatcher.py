@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import random
-from collections import deque
 from collections.abc import Collection
 
 from blaze.clock import Clock
-from blaze.errors import BlazeError, ErrorInfo, OtherVariant, PoisonRequest
+from blaze.control import Control
+from blaze.errors import BlazeError, ErrorInfo, OtherVariant, PoisonRequest, ReplicaDrained
 from blaze.prompt_chain import PromptChain, prompt_chain
-from blaze.reports import BreakerEvent, ModelCounters, ReplicaCounters
+from blaze.reports import ModelCounters, ReplicaCounters
 from blaze.routing.accounting import ModelAccount
-from blaze.routing.attempt import Attempt, RoutingState, Running
+from blaze.routing.attempt import Attempt, RoutingState
 from blaze.routing.breaker import BreakerBoard, BreakerState, Transition
+from blaze.routing.breaker_log import BreakerLog
 from blaze.routing.cost import CostModel
+from blaze.routing.draining import Drainage, draining_error
 from blaze.routing.outcome import Outcome
 from blaze.routing.picker import Picker
 from blaze.routing.pool import ReplicaPool
@@ -29,14 +30,13 @@ from blaze.routing.replicas import ReplicaTable
 from blaze.routing.retries import RetryBudget, pause_s
 from blaze.routing.route import POISON_DEATHS, Route, affinity_key, with_seed
 from blaze.routing.routed_stream import RoutedStream
+from blaze.routing.running import Running
 from blaze.routing.settings import DispatchSettings
 from blaze.routing.strategy import Strategy
 from blaze.routing.transcript import transcript_of
 from blaze.types import GenerateRequest, ReplicaId, Request
 
-logger = logging.getLogger(__name__)
-
-_EVENTS = 64  # of breakers, kept for whoever asks
+_NO_FAULT = (OtherVariant.code, ReplicaDrained.code)  # of the request, nor of the replica
 _POISON = PoisonRequest(
     f"{POISON_DEATHS} replicas have died as they began to work on this request: no other is tried."
 )
@@ -60,8 +60,7 @@ class Dispatcher:
         self._clock = clock
         self._rng = rng
         self._settings = settings
-        self._events: deque[tuple[float, Transition]] = deque(maxlen=_EVENTS)  # and when they were
-        self._transitions = dict.fromkeys(BreakerState, 0)
+        self._breaker_log = BreakerLog(model, clock)
         self.table = ReplicaTable(
             cap=settings.max_in_flight,
             at_once=settings.at_once,
@@ -69,6 +68,7 @@ class Dispatcher:
             clock=clock,
             breakers=BreakerBoard(settings.breaker, clock, rng, self._on_transition),
             slow_start_s=settings.slow_start_s,
+            drain_timeout_s=settings.drain_timeout_s,
         )
         self._costs = CostModel()
         self._account = ModelAccount(model)
@@ -93,6 +93,9 @@ class Dispatcher:
             wake=pool.wake,
         )
         self.prefixes = self._picker.prefixes
+        self._drainage = Drainage(self.table, self._running, self._picker, clock=clock, settings=settings)
+        self._control = Control()
+        self._num_open = 0
         self._retries = RetryBudget()
         pool.subscribe(self.table.sync)  # first: what is published from now on is not missed
         self.table.sync(pool.live())
@@ -104,9 +107,11 @@ class Dispatcher:
         ``max_retries`` and as far as the budget for retries goes, or ``max_lost`` where the replica went
         away; later than that, the answer goes on elsewhere, by the same limits. An error that no attempt got
         past is the stream's only event, ``Failed``. Raises :class:`Overloaded` when no replica can take the
-        request before its deadline.
+        request before its deadline, and :class:`Draining` when nothing new is begun.
         The caller owns the stream and must close it (it is an async context manager).
         """
+        if self._drainage.refuses:
+            raise draining_error()
         timeout_s = self._settings.request_timeout_s if request.timeout_s is None else request.timeout_s
         now = self._clock.now()
         deadline = now + timeout_s
@@ -114,19 +119,45 @@ class Dispatcher:
         route = Route(
             request, self._costs.of(request), affinity_key(request), self._chain(request), deadline, now
         )
-        attempt = await self._send(route)
+        self._num_open += 1
+        try:
+            attempt = await self._send(route)
+        except BaseException:
+            self._num_open -= 1
+            raise
+        return RoutedStream(route, attempt, transcript_of(request), self)
 
-        async def resume(rest: Request, error: ErrorInfo) -> Attempt | ErrorInfo:
-            route.request, route.cost = rest, self._costs.of(rest)
-            route.note_failure(route.tried_last, error, died_at_work=False)
-            try:
-                resumed = await self._send(route, error)
-            except BlazeError as refused:
-                return refused.info
-            self._account.resumed += isinstance(resumed, Attempt)
-            return resumed
+    def closed(self, route: Route) -> None:
+        """Nobody reads the answer any more."""
+        route.drop_ahead()
+        self._num_open -= 1
 
-        return RoutedStream(route.tried_last, attempt, transcript_of(request), resume)
+    async def resume(self, route: Route, rest: Request, error: ErrorInfo) -> Attempt | ErrorInfo:
+        """The answer goes on from where it broke. Returns why not, where it cannot."""
+        route.request, route.cost = rest, self._costs.of(rest)
+        route.note_failure(route.tried_last, error, died_at_work=False)
+        try:
+            resumed = await self._send(route, error)
+        except BlazeError as refused:
+            return refused.info
+        self._account.resumed += isinstance(resumed, Attempt)
+        return resumed
+
+    async def move(self, route: Route, rest: Request) -> Attempt | None:
+        """The answer goes on at the place that was found for it, if it can begin there."""
+        lease, route.request, route.cost = route.take_ahead(), rest, self._costs.of(rest)
+        if lease is None:
+            return None
+        lease.recost(route.cost)
+        attempt = await self._begin(route, lease)
+        if attempt.error is not None:
+            route.note_failure(attempt.replica_id, attempt.error, died_at_work=attempt.died_at_work)
+            await attempt.aclose()
+            return None
+        route.tried_last = attempt.replica_id
+        route.lost += 1
+        self._account.resumed += 1
+        return attempt
 
     async def _send(self, route: Route, error: ErrorInfo | None = None) -> Attempt | ErrorInfo:
         """An attempt that has begun to answer, or the error that none got past. ``error``: of the attempt
@@ -147,6 +178,7 @@ class Dispatcher:
                 route.note_failure(attempt.replica_id, error, died_at_work=attempt.died_at_work)
                 await attempt.aclose()
         finally:
+            route.drop_ahead()
             if route.reserved:
                 route.reserved = False
                 self._retries.give_back()
@@ -157,7 +189,7 @@ class Dispatcher:
             return None
         # A replica that goes away is not the request's fault, nor is one that was only tried with it: neither
         # uses up its retries.
-        exempt = error.replica_gone or route.was_probe or error.code == OtherVariant.code
+        exempt = error.replica_gone or route.was_probe or error.code in _NO_FAULT
         route.lost += exempt
         route.retries += not exempt
         pause = 0.0 if exempt else self._settings.retry_pause * pause_s(route.retries, self._rng)
@@ -172,10 +204,13 @@ class Dispatcher:
         return pause
 
     async def _attempt(self, route: Route) -> Attempt:
-        lease = await self._picker.lease(route)
+        lease = route.take_ahead() or await self._picker.lease(route)
         route.was_probe = lease.is_probe
-        attempt = self._start(route.request, lease, route.deadline)
-        route.tried_last = attempt.replica_id
+        route.tried_last = lease.replica.id
+        return await self._begin(route, lease)
+
+    async def _begin(self, route: Route, lease: Lease) -> Attempt:
+        attempt = self._start(route, lease)
         try:
             await attempt.begin()
         except BaseException:
@@ -195,22 +230,27 @@ class Dispatcher:
         for replica_id in self.table.set_suspects(suspects):
             self._running.lose(replica_id)
 
+    def follow(self, control: Control) -> None:
+        """What operators have changed, but for the strategy."""
+        known, self._control = self._control.version, control
+        self._drainage.follow(control)
+        for version, action in control.breakers:
+            if version > known and action.replica_id in self.table.columns.place:
+                self.table.breakers.act(action.replica_id, action.action)
+                self.table.changed()
+
     def counters(self) -> tuple[ModelCounters, tuple[ReplicaCounters, ...]]:
-        now = self._clock.now()
         replicas = self.table.counters(self.model)  # first: breakers that are looked at may half open
         counters = self._account.counters(strategy=self.strategy.name, waiting=self._picker.num_waiting)
         counters = dataclasses.replace(
             counters,
             retries=self._retries.total,
+            open=self._num_open,
             panic=self.table.panic,
-            transitions=tuple((state.value, count) for state, count in self._transitions.items()),
-            events=tuple(self._event(change, now - at) for at, change in self._events),
+            transitions=self._breaker_log.transitions,
+            events=self._breaker_log.events(),
         )
         return counters, replicas
-
-    def _event(self, change: Transition, age_s: float) -> BreakerEvent:
-        before, after = change.before.value, change.after.value
-        return BreakerEvent(self.model, change.replica_id, before, after, change.reason, age_s)
 
     @property
     def strategy(self) -> Strategy:
@@ -233,22 +273,18 @@ class Dispatcher:
     def _active(self) -> int:
         return self.table.in_flight + self._picker.num_waiting
 
-    def _start(self, request: Request, lease: Lease, deadline: float) -> Attempt:
+    def _start(self, route: Route, lease: Lease) -> Attempt:
         self._costs.started(lease.cost)
         self.table.columns.cost_cap = max(1e-9, self._settings.max_in_flight * self._costs.typical)
-        remaining = max(0.0, deadline - self._clock.now())
+        remaining = max(0.0, route.deadline - self._clock.now())
         try:
-            call = self._pool.call(lease.replica.id, dataclasses.replace(request, timeout_s=remaining))
+            call = self._pool.call(lease.replica.id, dataclasses.replace(route.request, timeout_s=remaining))
         except BaseException:
             lease.release(Outcome.NEUTRAL)
             raise
-        return Attempt(request, call, lease, self._state, deadline)
+        return Attempt(route, call, lease, self._state)
 
     def _on_transition(self, change: Transition) -> None:
-        logger.warning(
-            "%s: breaker of %s: %s: %s", self.model, change.replica_id, change.after, change.reason
-        )
-        self._transitions[change.after] += 1
-        self._events.append((self._clock.now(), change))
+        self._breaker_log.note(change)
         if change.after is BreakerState.CLOSED:
             self.table.closed(change.replica_id)

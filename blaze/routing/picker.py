@@ -65,6 +65,10 @@ class Picker:
         self._over = error if for_good else None
         self._room.fail(error)
 
+    def reopen(self) -> None:
+        """Whoever comes is sent on again."""
+        self._over = None
+
     @property
     def is_over(self) -> bool:
         return self._over is not None
@@ -91,23 +95,31 @@ class Picker:
             retry_after_s=self._retry_after_s,
         )
 
+    def lease_elsewhere(self, route: Route) -> Lease | None:
+        """A place for an answer that may as well stay where it is: where it has failed nobody tries again."""
+        if self._over is not None:
+            return None
+        return self._lease_of(route, self.table.eligible(route.tried, idle=self.strategy.binds_late))
+
     def _try(self, route: Route) -> Lease | None:
         """None: not now."""
         if self._over is not None:
             raise self._over
+        kept = self._kept(route)
+        if kept is not None:
+            return self.table.lease(kept, cost=route.cost, expires_at=route.deadline)
+        return self._lease_of(route, self._eligible(route))
+
+    def _lease_of(self, route: Route, eligible: Places) -> Lease | None:
+        """A place on one of them, if there are any."""
+        if not len(eligible):
+            return None
         now = self._clock.now()
         if self._settings.routers > 1:
             self.table.columns.peers_age_s = now - self.table.peers_known_at
-        replica_id = self._kept(route)
-        if replica_id is None:
-            eligible = self._eligible(route)
-            if not len(eligible):
-                return None
-            credit = self.prefixes.of(route.chain, self.table.columns, now) if route.chain else None
-            replica_id = self._pick(
-                route.request, eligible, Ask(now, route.cost, route.key, credit)
-            ).replica_id
-        return self.table.lease(replica_id, cost=route.cost, expires_at=route.deadline)
+        credit = self.prefixes.of(route.chain, self.table.columns, now) if route.chain else None
+        pick = self._pick(route.request, eligible, Ask(now, route.cost, route.key, credit))
+        return self.table.lease(pick.replica_id, cost=route.cost, expires_at=route.deadline)
 
     def _eligible(self, route: Route) -> Places:
         idle = self.strategy.binds_late

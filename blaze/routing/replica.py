@@ -29,7 +29,7 @@ class Replica:
 
     __slots__ = (
         "cost",
-        "draining",
+        "drained_until",
         "failures",
         "id",
         "in_flight",
@@ -56,7 +56,7 @@ class Replica:
         self.failures = 0
         self.lost_calls = 0  # in a row
         self.suspended_until = -math.inf  # a call to it was lost: not picked before this time
-        self.draining = False
+        self.drained_until: float | None = None  # draining: and until when what runs there may stay
         self.suspect = False
         self.joined_at = now  # or when its breaker closed: the beginning of its slow start
         self.waiting: dict[Lease, float] = {}  # requests without content yet, the oldest first
@@ -65,6 +65,10 @@ class Replica:
     @property
     def is_wanted(self) -> bool:
         return self.ready and not (self.draining or self.suspect)
+
+    @property
+    def draining(self) -> bool:
+        return self.drained_until is not None
 
     @property
     def waiting_since(self) -> float:

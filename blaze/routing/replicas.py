@@ -13,6 +13,7 @@ from blaze.routing.breaker import BreakerBoard, Permit
 from blaze.routing.columns import Columns, Places
 from blaze.routing.eligibility import Eligibility
 from blaze.routing.least import peak_ewma
+from blaze.routing.orders import Orders
 from blaze.routing.outcome import Outcome
 from blaze.routing.replica import Lease, Replica, ReplicaInfo, counters_of
 from blaze.types import ReplicaId
@@ -36,6 +37,7 @@ class ReplicaTable:
         at_once: int | None = None,
         routers: int = 1,
         slow_start_s: float = 30.0,
+        drain_timeout_s: float = 30.0,
     ) -> None:
         self.columns = Columns()
         self.breakers = breakers
@@ -44,10 +46,9 @@ class ReplicaTable:
         self.probes: list[ReplicaId] = []  # half open, and nobody is trying them
         self._clock = clock
         self._slow_start_s = slow_start_s
+        self._drain_timeout_s = drain_timeout_s
         self._by_id: dict[ReplicaId, Replica] = {}
-        self._weights: dict[ReplicaId, float] = {}  # set by hand
-        self._drained: frozenset[ReplicaId] = frozenset()  # by hand, too
-        self._forced_open: frozenset[ReplicaId] = frozenset()
+        self._orders = Orders()
         self.peers_known_at = -math.inf
         self._eligibility = Eligibility(cap=cap, at_once=at_once or cap, routers=routers)
         self._look_again_at = -math.inf
@@ -60,23 +61,27 @@ class ReplicaTable:
         """Of this router, on all replicas."""
         return sum(replica.in_flight for replica in self._by_id.values())
 
+    @property
+    def nodes(self) -> set[str]:
+        return {replica.node for replica in self._by_id.values()}
+
     # --- Who there is --------------------------------------------------------------------------------
 
     def sync(self, live: Iterable[ReplicaInfo]) -> None:
         """Take over a new live set: those that stay keep their counters, a dead id leaves nothing behind."""
         infos, now = {info.id: info for info in live}, self._clock.now()
         for gone in self._by_id.keys() - infos.keys():
-            del self._by_id[gone]
+            self._by_id.pop(gone).drained_until = now + self._drain_timeout_s  # it may be finishing its work
         for replica_id, info in infos.items():
             if replica_id not in self._by_id:
                 self._by_id[replica_id] = Replica(info, now)
-                self._by_id[replica_id].draining = replica_id in self._drained
-        self.breakers.sync(infos.keys(), forced_open=self._forced_open)
+        self.breakers.sync(infos.keys(), forced_open=self._orders.forced_open)
         self.columns.resize(infos)
         for replica_id, info in infos.items():
-            weight = self._weights.get(replica_id, info.weight)
+            replica, weight = self._by_id[replica_id], self._orders.weights.get(replica_id, info.weight)
             self.columns.weight[self.columns.place[replica_id]] = weight
-            self._by_id[replica_id].ready = info.ready
+            replica.ready = info.ready
+            replica.drained_until = self._orders.drained_until(replica_id, replica.node)
         self._eligibility.resize(len(infos))
         for replica_id in infos:
             self._write(self._by_id[replica_id])
@@ -96,19 +101,13 @@ class ReplicaTable:
             replica.suspended_until = now + pause
             self._look_again_at = -math.inf
 
-    def follow(
-        self,
-        weights: Mapping[ReplicaId, float],
-        drained: Collection[ReplicaId],
-        forced_open: Collection[ReplicaId] = (),
-    ) -> None:
-        """What operators have decided, also of replicas that are not there yet."""
-        self._weights = dict(weights)
-        self._drained, self._forced_open = frozenset(drained), frozenset(forced_open)
+    def follow(self, orders: Orders) -> None:
+        self._orders = orders
         for replica_id, place in self.columns.place.items():
-            self._by_id[replica_id].draining = replica_id in self._drained
-            if replica_id in self._weights:
-                self.columns.weight[place] = self._weights[replica_id]
+            replica = self._by_id[replica_id]
+            replica.drained_until = orders.drained_until(replica_id, replica.node)
+            if replica_id in orders.weights:
+                self.columns.weight[place] = orders.weights[replica_id]
         self.changed()
 
     def set_suspects(self, suspects: Collection[ReplicaId]) -> set[ReplicaId]:

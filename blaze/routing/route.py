@@ -10,6 +10,8 @@ from blaze.checks import SEED_BOUND
 from blaze.errors import ErrorInfo, OtherVariant
 from blaze.prompt_chain import PromptChain
 from blaze.routing.columns import stable_hash
+from blaze.routing.outcome import Outcome
+from blaze.routing.replica import Lease
 from blaze.types import GenerateRequest, ReplicaId, Request
 
 POISON_DEATHS = 2
@@ -38,12 +40,23 @@ class Route:
     deaths: int = 0
     was_probe: bool = False  # the last attempt: sent to find out whether a replica has recovered
     reserved: bool = False  # of the budget for retries
+    ahead: Lease | None = None  # a place that it goes to next
 
     def note_failure(self, replica_id: ReplicaId, error: ErrorInfo, *, died_at_work: bool) -> None:
         self.tried.append(replica_id)
         if error.code == OtherVariant.code:
             self.unfit.append(replica_id)
         self.deaths = self.deaths + 1 if died_at_work else 0
+
+    def take_ahead(self) -> Lease | None:
+        lease, self.ahead = self.ahead, None
+        return lease
+
+    def drop_ahead(self) -> None:
+        """It does not go there after all."""
+        lease = self.take_ahead()
+        if lease is not None:
+            lease.release(Outcome.NEUTRAL)
 
     @property
     def is_poison(self) -> bool:

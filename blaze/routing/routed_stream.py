@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Protocol, Self
 
 from blaze.errors import ErrorInfo
 from blaze.routing.attempt import Attempt
+from blaze.routing.route import Route
 from blaze.routing.transcript import Transcript
 from blaze.types import Events, Failed, Finished, ReplicaId, Request
 
-Resume: TypeAlias = Callable[[Request, ErrorInfo], Awaitable["Attempt | ErrorInfo"]]
+
+class Onward(Protocol):
+    """How an answer goes on, on another replica."""
+
+    async def resume(self, route: Route, rest: Request, error: ErrorInfo) -> Attempt | ErrorInfo:
+        """The attempt before has broken with ``error``: another one, or why there is none."""
+        ...
+
+    async def move(self, route: Route, rest: Request) -> Attempt | None:
+        """To the place that was found for it, if it can begin there; None: it stays where it is."""
+        ...
+
+    def closed(self, route: Route) -> None:
+        """It is over, or nobody reads it any more. Called once."""
+        ...
 
 
 class RoutedStream:
@@ -22,15 +36,21 @@ class RoutedStream:
     """
 
     def __init__(
-        self, replica_id: ReplicaId, attempt: Attempt | ErrorInfo, transcript: Transcript, resume: Resume
+        self, route: Route, attempt: Attempt | ErrorInfo, transcript: Transcript, onward: Onward
     ) -> None:
-        self.replica_id = replica_id  # the first to answer; of an error, the last that was tried
+        self.replica_id: ReplicaId = (
+            route.tried_last
+        )  # the first to answer; of an error, the last that was tried
         self.error = attempt if isinstance(attempt, ErrorInfo) else None  # when that is all of the answer
+        self._route = route
         self._attempt = None if isinstance(attempt, ErrorInfo) else attempt
         self._transcript = transcript
-        self._resume = resume
+        self._onward = onward
         self._broken = self.error  # what is to be got past, or told
         self._told = False
+        self._open = True
+        if self.error is not None:  # there is nothing to read, nor to close
+            self._close()
 
     def __aiter__(self) -> Self:
         return self
@@ -45,6 +65,8 @@ class RoutedStream:
                 if end is not None:
                     return end
                 continue
+            if self._route.ahead is not None:
+                await self._move(self._attempt)
             events = await anext(self._attempt)
             last = events[-1]
             if isinstance(last, Failed):
@@ -55,6 +77,16 @@ class RoutedStream:
             if events:
                 return events
 
+    async def _move(self, attempt: Attempt) -> None:
+        """It waits here unread until it has begun elsewhere: what cannot is read on."""
+        rest = self._transcript.rest()
+        if isinstance(rest, Finished):
+            return
+        found = await self._onward.move(self._route, rest)
+        if found is not None:
+            self._attempt = found
+            await attempt.aclose()
+
     async def _go_on(self, error: ErrorInfo) -> Events | None:
         """None: somebody has taken over. Else this is how the answer ends."""
         if self.error is None and error.retryable:
@@ -62,7 +94,7 @@ class RoutedStream:
             if isinstance(rest, Finished):
                 self._told = True
                 return (rest,)
-            found = await self._resume(rest, error)
+            found = await self._onward.resume(self._route, rest, error)
             if isinstance(found, Attempt):
                 self._attempt, self._broken = found, None
                 return None
@@ -72,8 +104,14 @@ class RoutedStream:
 
     async def aclose(self) -> None:
         """Give everything back. An answer that was not read to its end counts as cancelled: neutral."""
+        self._close()
         if self._attempt is not None:
             await self._attempt.aclose()
+
+    def _close(self) -> None:
+        if self._open:
+            self._open = False
+            self._onward.closed(self._route)
 
     async def __aenter__(self) -> Self:
         return self

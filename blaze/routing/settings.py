@@ -22,5 +22,6 @@ class DispatchSettings:
     slow_start_s: float = 30.0
     sticky_sessions: bool = False
     sticky_session_timeout_s: float = 300.0
+    drain_timeout_s: float = 30.0  # then what runs on a draining replica goes on elsewhere
     routers: int = 1  # that share the replicas
     breaker: BreakerSettings = field(default_factory=BreakerSettings)

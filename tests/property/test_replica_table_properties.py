@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from blaze.reports import PeerLoad
+from blaze.routing.orders import Orders
 from blaze.routing.outcome import Outcome
 from blaze.routing.replica import Lease
 from tests.routing_columns import TableBench
@@ -74,7 +75,7 @@ class Table(RuleBasedStateMachine):
     @rule(drained=SOME, weights=st.dictionaries(st.sampled_from(IDS), st.sampled_from([0.0, 1.0, 2.0])))
     def follow(self, drained: set[str], weights: dict[str, float]) -> None:
         self.drained = drained
-        self.bench.table.follow(weights, drained)
+        self.bench.table.follow(Orders(weights, dict.fromkeys(drained, 0.0)))
 
     @rule(loads=st.dictionaries(st.sampled_from(IDS), st.integers(0, 9)))
     def hear_of_peers(self, loads: dict[str, int]) -> None:

@@ -162,10 +162,16 @@ async def test_health_answers_whatever_the_models_do() -> None:
 async def test_ready_names_the_models_without_a_replica() -> None:
     async with ApiBench(FakePool(())) as api:
         response = await api.http.get("/ready")
-        assert (response.status_code, response.json()) == (503, {"ready": False, "missing": ["m"]})
+        assert (response.status_code, response.json()) == (
+            503,
+            {"ready": False, "missing": ["m"], "draining": False},
+        )
         api.pool.set_live("a")
         response = await api.http.get("/ready")
-        assert (response.status_code, response.json()) == (200, {"ready": True, "missing": []})
+        assert (response.status_code, response.json()) == (
+            200,
+            {"ready": True, "missing": [], "draining": False},
+        )
 
 
 async def test_metrics_are_prometheus_text() -> None:

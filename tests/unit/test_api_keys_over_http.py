@@ -80,6 +80,8 @@ async def test_with_a_key_requests_are_answered(headers: dict[str, str]) -> None
         ("POST", "/api/v1/blaze/strategy"),
         ("POST", "/api/v1/blaze/replicas/a/weight"),
         ("POST", "/api/v1/blaze/replicas/a/drain"),
+        ("POST", "/api/v1/blaze/nodes/n/drain"),
+        ("POST", "/api/v1/blaze/drain"),
         ("POST", "/api/v1/blaze/replicas/a/breaker"),
     ],
 )

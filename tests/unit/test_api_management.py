@@ -6,7 +6,15 @@ import json
 
 import pytest
 
-from blaze.control import ActOnBreaker, Change, SetDraining, SetStrategy, SetWeight
+from blaze.control import (
+    ActOnBreaker,
+    Change,
+    SetAllDraining,
+    SetDraining,
+    SetNodeDraining,
+    SetStrategy,
+    SetWeight,
+)
 from tests.api_bench import ApiBench
 
 BASE = "/api/v1/blaze"
@@ -17,6 +25,14 @@ CHANGES: list[tuple[str, str, Change]] = [
     ("replicas/a/weight", '{"weight": 0}', SetWeight("a", 0.0)),
     ("replicas/a/drain", "", SetDraining("a", True)),
     ("replicas/a/drain", '{"draining": false}', SetDraining("a", False)),
+    ("replicas/a/drain", '{"timeout_s": 2.5}', SetDraining("a", True, 2.5)),
+    ("replicas/a/drain", '{"timeout_s": null}', SetDraining("a", True)),
+    ("nodes/n-1/drain", "", SetNodeDraining("n-1", True)),
+    ("nodes/n-1/drain", '{"draining": true, "timeout_s": 0}', SetNodeDraining("n-1", True, 0.0)),
+    ("nodes/n-1/drain", '{"draining": false}', SetNodeDraining("n-1", False)),
+    ("drain", "", SetAllDraining(True)),
+    ("drain", '{"timeout_s": 60}', SetAllDraining(True, 60.0)),
+    ("drain", '{"draining": false}', SetAllDraining(False)),
     ("replicas/a/breaker", '{"action": "open"}', ActOnBreaker("a", "open")),
     ("replicas/a/breaker", '{"action": "close"}', ActOnBreaker("a", "close")),
     ("replicas/a/breaker", '{"action": "reset"}', ActOnBreaker("a", "reset")),
@@ -45,6 +61,16 @@ async def test_a_change_is_passed_on(path: str, body: str, change: Change) -> No
         ("replicas/a/weight", {"weight": True}, "weight"),
         ("replicas/a/breaker", {"action": "explode"}, "action"),
         ("replicas/a/drain", {"draining": "yes"}, "draining"),
+        ("replicas/a/drain", {"timeout_s": float("nan")}, "timeout_s"),
+        ("replicas/a/drain", {"timeout_s": float("inf")}, "timeout_s"),
+        ("replicas/a/drain", {"timeout_s": -1}, "timeout_s"),
+        ("replicas/a/drain", {"timeout_s": 1e9}, "timeout_s"),
+        ("replicas/a/drain", {"timeout_s": "5"}, "timeout_s"),
+        ("replicas/a/drain", {"timeout": 5}, "timeout"),
+        ("nodes/n/drain", {"timeout_s": -0.5}, "timeout_s"),
+        ("nodes/n/drain", {"draining": 1}, "draining"),
+        ("drain", {"timeout_s": float("nan")}, "timeout_s"),
+        ("drain", {"model": "m"}, "model"),
     ],
 )
 async def test_what_is_wrong_is_named_and_changes_nothing(

@@ -139,15 +139,17 @@ def test_the_base_url_is_the_given_one_then_the_newest_cluster_then_port_8000(
 
 @contextmanager
 def management(
-    *, status: int = 200, cluster: dict[str, Any] | None = None
+    *, status: int = 200, cluster: dict[str, Any] | None = None, clusters: Sequence[dict[str, Any]] = ()
 ) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    """A server that notes what it is asked: path, body, authorization. ``cluster``: its answer to GET."""
+    """A server that notes what it is asked: path, body, authorization. ``cluster``: its answer to GET, or
+    ``clusters``: to one after another."""
+    answers = iter(clusters)
     asked: list[tuple[str, str, str]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append((self.path, "", self.headers.get("authorization", "")))
-            self.reply(json.dumps(cluster).encode())
+            self.reply(json.dumps(cluster or next(answers)).encode())
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"])).decode()
@@ -180,8 +182,10 @@ def management(
     ("command", "path", "body"),
     [
         (["route", "m", "adaptive"], "strategy", {"model": "m", "strategy": "adaptive"}),
-        (["drain", "a/b c"], "replicas/a%2Fb%20c/drain", {"draining": True}),
-        (["drain", "a", "--undo"], "replicas/a/drain", {"draining": False}),
+        (["drain", "a/b c", "--no-wait"], "replicas/a%2Fb%20c/drain", {"draining": True, "timeout_s": None}),
+        (["drain", "a", "--undo"], "replicas/a/drain", {"draining": False, "timeout_s": None}),
+        (["drain", "--all", "--timeout", "2.5", "--no-wait"], "drain", {"draining": True, "timeout_s": 2.5}),
+        (["drain", "--all", "--undo"], "drain", {"draining": False, "timeout_s": None}),
     ],
 )
 def test_changes_are_sent_to_the_management_api(
@@ -197,6 +201,81 @@ def test_changes_are_sent_to_the_management_api(
 def test_a_change_that_is_refused_is_one_line() -> None:
     with management(status=404) as (url, _asked):
         assert_one_line(run("drain", "nobody", "--url", url), "There is no such thing.")
+
+
+# --- drain -------------------------------------------------------------------------------------------
+
+
+def draining_cluster(
+    *replicas: tuple[str, str, str, int], draining: bool = False, answers: int = 0
+) -> dict[str, Any]:
+    """``replicas``: id, node, state, in flight."""
+    names = ("id", "node", "state", "in_flight")
+    return {
+        "replicas": [dict(zip(names, replica, strict=True)) for replica in replicas],
+        "models": [{"open": answers}],
+        "draining": draining,
+    }
+
+
+def test_drain_ends_when_nothing_is_in_flight_there() -> None:
+    steps = [
+        draining_cluster(("a", "n", "ready", 3), ("b", "n", "ready", 9)),  # a Router does not know yet
+        draining_cluster(),  # the health actor is away
+        draining_cluster(("a", "n", "draining", 1), ("b", "n", "ready", 9)),
+        draining_cluster(("a", "n", "draining", 0), ("b", "n", "ready", 9)),
+    ]
+    with management(clusters=steps) as (url, asked):
+        result = run("drain", "a", "--url", url)
+    assert result.exit_code == 0
+    assert [path.rsplit("/", 1)[1] for path, _, _ in asked] == ["drain"] + ["status"] * 4
+    assert result.stdout.splitlines() == ["a: gets no new requests", "a: nothing runs there"]
+
+
+def test_a_node_is_named_by_its_first_letters_and_drained_with_all_that_is_on_it() -> None:
+    nodes = (("a", "abc1", "ready", 1), ("b", "abc2", "ready", 1), ("c", "abc1", "draining", 1))
+    steps = [
+        draining_cluster(*nodes),
+        draining_cluster(*nodes),
+        draining_cluster(("a", "abc1", "draining", 0), nodes[1], ("c", "abc1", "suspect", 2)),
+        draining_cluster(("a", "abc1", "draining", 0), nodes[1]),
+    ]
+    with management(clusters=steps) as (url, asked):
+        result = run("drain", "--node", "abc1", "--url", url)
+    assert result.exit_code == 0
+    assert [path.removeprefix("/api/v1/blaze/") for path, _, _ in asked] == [
+        "replicas",
+        "nodes/abc1/drain",
+        *["status"] * 3,
+    ]
+    with management(clusters=steps) as (url, asked):
+        assert_one_line(run("drain", "--node", "abc", "--url", url), "abc", "2 nodes")
+        assert len(asked) == 1
+
+
+def test_drain_all_ends_when_no_answer_is_being_given() -> None:
+    steps = [
+        draining_cluster(answers=0),
+        draining_cluster(draining=True, answers=2),
+        draining_cluster(draining=True),
+    ]
+    with management(clusters=steps) as (url, asked):
+        assert run("drain", "--all", "--url", url).exit_code == 0
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize("args", [[], ["a", "--all"], ["a", "--node", "n"], ["--node", "n", "--all"]])
+def test_exactly_one_thing_is_drained(args: list[str]) -> None:
+    with management() as (url, asked):
+        assert_one_line(run("drain", *args, "--url", url), "--node", "--all")
+    assert asked == []
+
+
+@pytest.mark.parametrize("seconds", ["nan", "-1", "inf"])
+def test_no_number_of_seconds_is_one_line(seconds: str) -> None:
+    with management() as (url, asked):
+        assert_one_line(run("drain", "a", "--timeout", seconds, "--url", url), "timeout_s")
+    assert asked == []
 
 
 # --- status ------------------------------------------------------------------------------------------
@@ -260,6 +339,7 @@ def test_status_shows_each_value_under_its_own_heading(monkeypatch: pytest.Monke
         {
             "replica": "sim#a",
             "model": "sim",
+            "node": "node-1",
             "pid": "901",
             "state": "draining",
             "breaker": "closed",
@@ -274,6 +354,7 @@ def test_status_shows_each_value_under_its_own_heading(monkeypatch: pytest.Monke
         {
             "replica": "sim#b",
             "model": "sim",
+            "node": "node-1",
             "pid": "902",
             "state": "ready",
             "breaker": "open",
@@ -288,6 +369,7 @@ def test_status_shows_each_value_under_its_own_heading(monkeypatch: pytest.Monke
         {
             "replica": "draw#c",
             "model": "draw",
+            "node": "node-1",
             "pid": "903",
             "state": "starting",
             "breaker": "closed",

@@ -9,8 +9,19 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import pytest
 
 from blaze.config import parse_args
-from blaze.control import NO_CHANGES, ActOnBreaker, Change, Control, SetDraining, SetStrategy, SetWeight
-from blaze.errors import BlazeError, InvalidRequest, ModelNotFound, NotFound, Overloaded
+from blaze.control import (
+    NO_CHANGES,
+    ActOnBreaker,
+    Change,
+    Control,
+    Drain,
+    SetAllDraining,
+    SetDraining,
+    SetNodeDraining,
+    SetStrategy,
+    SetWeight,
+)
+from blaze.errors import BlazeError, Draining, InvalidRequest, ModelNotFound, NotFound, Overloaded
 from blaze.health.supervisor import ClusterView
 from blaze.prompt_chain import packed, prompt_chain
 from blaze.reports import ModelCounters, News, PeerLoad, ReplicaCounters, RouterReport
@@ -27,6 +38,7 @@ Params = ParamSpec("Params")
 Answer = TypeVar("Answer")
 
 REPLICAS = {"m": ("a", "b", "c"), "n": ("x", "y")}
+NODES = {"a": "one", "b": "two", "c": "two", "x": "one", "y": "one"}
 NOTHING_NEW = News(NO_CHANGES, (), ())
 
 
@@ -45,7 +57,7 @@ class FakeEngines:
     def __init__(self, model: str, called: list[ReplicaId]) -> None:
         self.deployment_name = model
         self._called = called
-        live = tuple(ReplicaInfo(replica_id) for replica_id in REPLICAS[model])
+        live = tuple(ReplicaInfo(replica_id, node=NODES[replica_id]) for replica_id in REPLICAS[model])
         pinned_state.live_sets.publish(f"app#{model}", live)
 
     def options(self, **_options: object) -> FakeEngines:
@@ -92,6 +104,10 @@ class FakeHealth:
             raise self.error
 
 
+async def nodes() -> set[str]:
+    return {"one", "two", "three"}  # on which nothing runs
+
+
 class Bench:
     def __init__(self, **router: object) -> None:
         self.called: list[ReplicaId] = []
@@ -102,7 +118,7 @@ class Bench:
             "router": {"slow_start_s": 0, "seed": 0} | router,
         }
         handles: dict[str, Any] = {model: FakeEngines(model, self.called) for model in REPLICAS}
-        self.service = ClusterService(parse_args(config), handles, self.health, "router-1")  # type: ignore[arg-type]
+        self.service = ClusterService(parse_args(config), handles, self.health, "router-1", nodes)  # type: ignore[arg-type]
 
     def dispatcher(self, model: str) -> Dispatcher:
         return self.service._dispatchers[model]
@@ -162,6 +178,9 @@ def with_strategy(name: str) -> pytest.MarkDecorator:
         (SetStrategy("nope", "adaptive"), ModelNotFound, "model"),
         (SetWeight("nobody", 1.0), NotFound, "id"),
         (SetDraining("nobody", True), NotFound, "id"),
+        (SetDraining("nobody", False), NotFound, "id"),
+        (SetNodeDraining("nowhere", True), NotFound, "node"),
+        (SetNodeDraining("nowhere", False), NotFound, "node"),
         (ActOnBreaker("nobody", "open"), NotFound, "id"),
     ],
 )
@@ -222,12 +241,50 @@ async def test_whoever_asks_for_a_change_and_leaves_is_no_failure_of_the_health_
         await asking
 
 
+# --- Drains ------------------------------------------------------------------------------------------
+
+
+async def test_a_node_is_drained_with_all_that_is_on_it(bench: Bench) -> None:
+    await bench.service.change(SetNodeDraining("two", True))
+    await bench.service.change(SetNodeDraining("three", True))
+    _, replicas = await bench.counters()
+    assert [id for id in "abcxy" if replicas[id].draining] == ["b", "c"]
+    assert set(await bench.ask(6)) == {"a"}
+    pinned_state.live_sets.publish("app#m", tuple(ReplicaInfo(id, node="three") for id in "de"))
+    await until(lambda: "d" in bench.dispatcher("m").table.columns.place)
+    assert bench.dispatcher("m").available_replicas == 0
+    await bench.service.change(SetNodeDraining("three", False))
+    assert set(await bench.ask(6)) == {"d", "e"}
+
+
+async def test_a_node_that_is_gone_can_be_taken_back(bench: Bench) -> None:
+    await bench.hears(News(Control(1, draining_nodes=(("gone", Drain(1)),)), (), ()))
+    await bench.service.change(SetNodeDraining("gone", False))
+    assert bench.health.shown.control.draining_nodes == ()
+    with pytest.raises(NotFound):
+        await bench.service.change(SetNodeDraining("gone", True))
+
+
+async def test_in_maintenance_nothing_new_is_begun_and_it_is_not_ready(bench: Bench) -> None:
+    await bench.service.change(SetAllDraining(True))
+    assert (bench.service.readiness().ready, bench.service.readiness().draining) == (False, True)
+    with pytest.raises(Draining) as refused:
+        await bench.ask()
+    assert (refused.value.http_status, refused.value.type) == (503, "overloaded_error")
+    assert refused.value.retry_after_s
+    assert (await bench.service.status())["draining"] is True
+    await bench.service.change(SetAllDraining(False))
+    assert bench.service.readiness().ready
+    assert (await bench.service.status())["draining"] is False
+    assert len(await bench.ask(3)) == 3
+
+
 # --- Following ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", [0, 4, 5])
 async def test_an_older_or_equal_version_changes_nothing(bench: Bench, version: int) -> None:
-    known = Control(5, strategies=(("m", "ip_hash"),), weights=(("a", 3.0),), draining=("b",))
+    known = Control(5, strategies=(("m", "ip_hash"),), weights=(("a", 3.0),), draining=(("b", Drain(5)),))
     await bench.hears(News(known, (), ()))
     before = await bench.counters()
     assert (before[0]["m"].strategy, before[1]["a"].weight, before[1]["b"].draining) == ("ip_hash", 3.0, True)
@@ -235,7 +292,7 @@ async def test_an_older_or_equal_version_changes_nothing(bench: Bench, version: 
         version,
         strategies=(("m", "round_robin"), ("n", "adaptive")),
         weights=(("a", 7.0),),
-        draining=("c",),
+        draining=(("c", Drain(version)),),
         forced_open=("c",),
         breakers=((version, ActOnBreaker("c", "open")),),
     )

@@ -11,7 +11,10 @@ from blaze.control import (
     ActOnBreaker,
     Change,
     Control,
+    Drain,
+    SetAllDraining,
     SetDraining,
+    SetNodeDraining,
     SetStrategy,
     SetWeight,
 )
@@ -39,11 +42,30 @@ def test_each_change_has_a_number_and_the_last_one_counts() -> None:
     assert control.version == 9
     assert dict(control.strategies) == {"m": "round_robin", "n": "adaptive"}
     assert control.weights == (("a", 0.0),)
-    assert control.draining == ("b",)
+    assert control.draining == (("b", Drain(7)),)
     assert control.breakers == ((9, ActOnBreaker("a", "open")),)
     assert control.forced_open == ("a",)
     assert control.after(ActOnBreaker("a", "close")).forced_open == ()
     assert NO_CHANGES.version == 0
+
+
+def test_what_is_drained_carries_its_seconds_and_the_number_of_the_last_change() -> None:
+    control = NO_CHANGES
+    for change in (
+        SetDraining("a", True, 5.0),
+        SetNodeDraining("n1", True),
+        SetNodeDraining("n2", True, 1.5),
+        SetAllDraining(True, 9.0),
+        SetDraining("a", True, 2.0),
+        SetNodeDraining("n1", False),
+        SetNodeDraining("n3", False),
+    ):
+        control = control.after(change)
+    assert control.draining == (("a", Drain(5, 2.0)),)
+    assert control.draining_nodes == (("n2", Drain(3, 1.5)),)
+    assert control.draining_all == Drain(4, 9.0)
+    assert control.after(SetAllDraining(False)).draining_all is None
+    assert control.without({"a"}).draining_nodes == control.draining_nodes
 
 
 def test_breaker_actions_are_remembered_only_so_long() -> None:
@@ -67,7 +89,7 @@ def test_of_a_replica_that_is_forgotten_nothing_is_left_and_of_the_others_everyt
         version=8,
         strategies=(("m", "adaptive"),),
         weights=(("b", 2.0),),
-        draining=("b",),
+        draining=(("b", Drain(6)),),
         forced_open=("b",),
         breakers=((7, ActOnBreaker("b", "open")),),
     )
@@ -140,6 +162,17 @@ def test_a_change_that_reaches_a_new_health_actor_first_undoes_nothing() -> None
         lambda: SetWeight("a", "x"),  # type: ignore[arg-type]
         lambda: SetWeight("", 1),
         lambda: SetDraining("a", "yes"),  # type: ignore[arg-type]
+        lambda: SetDraining("a", True, float("nan")),
+        lambda: SetDraining("a", True, -1.0),
+        lambda: SetDraining("a", True, float("inf")),
+        lambda: SetDraining("a", True, "5"),  # type: ignore[arg-type]
+        lambda: SetDraining("a", True, True),
+        lambda: SetNodeDraining("", True),
+        lambda: SetNodeDraining("n" * 257, True),
+        lambda: SetNodeDraining("n", None),  # type: ignore[arg-type]
+        lambda: SetNodeDraining("n", True, -1.0),
+        lambda: SetAllDraining("no"),  # type: ignore[arg-type]
+        lambda: SetAllDraining(True, float("nan")),
         lambda: ActOnBreaker("a", "explode"),  # type: ignore[arg-type]
         lambda: SetStrategy("m", None),  # type: ignore[arg-type]
     ],

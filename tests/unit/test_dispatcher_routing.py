@@ -10,6 +10,7 @@ import pytest
 
 from blaze.errors import EngineFailure, InvalidRequest, Overloaded, ReplicaLost
 from blaze.routing.columns import Columns, Places
+from blaze.routing.orders import Orders
 from blaze.routing.outcome import Outcome
 from blaze.routing.route import affinity_key
 from blaze.routing.strategies import STRATEGY_NAMES
@@ -197,7 +198,7 @@ async def test_only_so_many_requests_are_repeated_at_a_time() -> None:
 
 async def test_all_weights_zero_is_a_503_at_once() -> None:
     bench = RoutingBench(FakePool(("a", "b")))
-    bench.dispatcher.table.follow({"a": 0.0, "b": 0.0}, [])
+    bench.dispatcher.table.follow(Orders({"a": 0.0, "b": 0.0}))
     with pytest.raises(Overloaded) as caught:
         await bench.dispatcher.open(text_request())
     assert caught.value.http_status == 503
@@ -335,7 +336,7 @@ async def test_weights_that_are_all_set_to_zero_end_the_wait() -> None:
     await until(lambda: len(bench.called) == 1)
     waiting = asyncio.create_task(bench.dispatcher.open(text_request()))
     await until(lambda: bench.waiting == 1)
-    bench.dispatcher.table.follow({"a": 0.0}, [])
+    bench.dispatcher.table.follow(Orders({"a": 0.0}))
     with pytest.raises(Overloaded):
         await waiting
     bench.pool.open_calls[0].release()

@@ -6,6 +6,7 @@ import pytest
 
 from blaze.reports import PeerLoad, ReplicaCounters
 from blaze.routing.breaker import BreakerBoard
+from blaze.routing.orders import Orders
 from blaze.routing.outcome import Outcome
 from blaze.routing.replica import ReplicaInfo
 from blaze.routing.replicas import ReplicaTable
@@ -13,6 +14,7 @@ from blaze.routing.trip import BreakerSettings
 from tests.fakes import FakeClock
 from tests.routing_columns import Jitter, TableBench
 
+INF = math.inf
 S, F, N = Outcome.SUCCESS, Outcome.FAILURE, Outcome.NEUTRAL
 
 
@@ -215,12 +217,12 @@ def test_capacity_is_announced_whenever_there_may_be_more() -> None:
     assert announced == []
     lease.release(S)
     lease.release(S)
-    bench.table.follow({"b": 0.0}, [])
-    bench.table.follow({"b": 0.0}, ["a"])
-    bench.table.follow({"b": 0.0}, [])
+    bench.table.follow(Orders({"b": 0.0}))
+    bench.table.follow(Orders({"b": 0.0}, {"a": INF}))
+    bench.table.follow(Orders({"b": 0.0}))
     bench.table.set_suspects(["a"])
     bench.sync("a", "b", "c")
-    bench.table.follow({"b": 2.0}, ["c"])
+    bench.table.follow(Orders({"b": 2.0}, {"c": INF}))
     assert announced == [["a", "b"], ["a"], [], ["a"], [], ["c"], ["b"]]
 
 
@@ -302,16 +304,16 @@ def test_weight_0_is_never_picked_and_all_weights_0_is_told_apart() -> None:
         return table.eligible().tolist(), table.available().tolist(), table.all_weights_are_zero
 
     assert found() == ([1], [1], False)
-    table.follow({"b": 0.0}, [])
+    table.follow(Orders({"b": 0.0}))
     assert found() == ([], [], True)
-    table.follow({"b": 0.0, "a": 0.5}, [])
+    table.follow(Orders({"b": 0.0, "a": 0.5}))
     assert found() == ([0], [0], False)
     assert table.columns.weight.tolist() == [0.5, 0.0]
 
 
 def test_an_operators_weight_stays_whatever_the_pool_says() -> None:
     table = weighed(a=1.0, b=1.0)
-    table.follow({"a": 3.0}, [])
+    table.follow(Orders({"a": 3.0}))
     table.sync([ReplicaInfo("a", weight=1.0), ReplicaInfo("b", weight=2.0)])
     assert table.columns.weight.tolist() == [3.0, 2.0]
 
@@ -319,23 +321,23 @@ def test_an_operators_weight_stays_whatever_the_pool_says() -> None:
 def test_a_draining_replica_is_not_picked_and_keeps_what_it_has() -> None:
     bench = TableBench("a", "b")
     lease = bench.table.lease("a")
-    bench.table.follow({}, ["a"])
+    bench.table.follow(Orders(drained={"a": INF}))
     assert bench.eligible() == bench.available() == ["b"]
     assert (counters(bench, "a").draining, counters(bench, "a").in_flight) == (True, 1)
     lease.release(S)
     assert counters(bench, "a").in_flight == 0
-    bench.table.follow({}, [])
+    bench.table.follow(Orders())
     assert bench.eligible() == ["a", "b"]
 
 
 def test_what_operators_decided_waits_for_replicas_that_are_not_there_yet() -> None:
     bench = TableBench("a", "b")
-    bench.table.follow({"a": 4.0, "c": 5.0}, ["b", "d"])
+    bench.table.follow(Orders({"a": 4.0, "c": 5.0}, {"b": INF, "d": INF}))
     assert bench.eligible() == ["a"]
     bench.sync("a", "b", "c", "d")
     assert bench.eligible() == ["a", "c"]
     assert bench.column("weight") == {"a": 4.0, "b": 1.0, "c": 5.0, "d": 1.0}
-    bench.table.follow({"a": 4.0, "c": 5.0}, [])
+    bench.table.follow(Orders({"a": 4.0, "c": 5.0}))
     assert bench.eligible() == ["a", "b", "c", "d"]
 
 
@@ -482,7 +484,7 @@ def test_in_a_panic_drain_suspicion_suspension_and_weight_are_heeded_nevertheles
     bench = TableBench(*"abcdef", cap=1)
     for replica_id in "abcdef":
         bench.table.breakers.act(replica_id, "open")
-    bench.table.follow({"e": 0.0}, ["b"])
+    bench.table.follow(Orders({"e": 0.0}, {"b": INF}))
     bench.table.set_suspects(["c"])
     bench.table.suspend("d", 2.0)
     bench.table.lease("f")
@@ -495,9 +497,9 @@ def test_half_refused_is_no_panic_and_those_that_cannot_be_picked_do_not_count()
     bench.table.breakers.act("b", "open")
     bench.table.changed()
     assert (bench.eligible(), bench.table.panic) == (["c", "d"], False)
-    bench.table.follow({}, ["c"])
+    bench.table.follow(Orders(drained={"c": INF}))
     assert (bench.eligible(), bench.table.panic) == (["a", "b", "d"], True), "two of the three that are ready"
-    bench.table.follow({}, ["a", "c"])
+    bench.table.follow(Orders(drained={"a": INF, "c": INF}))
     assert (bench.eligible(), bench.table.panic) == (["d"], False), "one of two"
 
 
@@ -512,7 +514,7 @@ def test_a_replica_on_trial_does_not_refuse() -> None:
     bench = TableBench("a", "b", "c", "d")
     bench.send("a", *[F] * 5)
     bench.send("b", *[F] * 5)
-    bench.table.follow({}, ["c"])
+    bench.table.follow(Orders(drained={"c": INF}))
     bench.clock.advance(1.0)
     assert bench.eligible() == ["a", "b", "d"]
     for replica_id in "ab":

@@ -107,6 +107,7 @@ async def test_status_tells_models_and_replicas() -> None:
         "replicas": 1,
         "ready": 1,
         "waiting": 0,
+        "open": 0,
         "retries": 1,
         "resumed": 0,
         "panic": False,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,17 +14,16 @@ from blaze.errors import (
     Cancelled,
     EngineFailure,
     NonFiniteOutput,
-    OtherVariant,
     ReplicaLost,
     ReplicaStopping,
     ReplicaUnreachable,
 )
+from blaze.routing.orders import Orders
 from blaze.routing.outcome import Outcome
 from blaze.routing.transcript import ImageTranscript, TextTranscript
 from blaze.types import (
     ChoiceFinished,
     Event,
-    Events,
     Failed,
     Finished,
     GenerateRequest,
@@ -38,66 +36,11 @@ from blaze.types import (
     TextDelta,
     Usage,
 )
-from tests.fakes import FakeCall, FakePool, Script
+from tests.breaking_pool import PROMPT, BreakingPool, asked, flat, whole
+from tests.fakes import FakeCall, FakePool
 from tests.routing_bench import RoutingBench
-from tests.samples import image_request, text_of, text_request
+from tests.samples import image_request, text_of
 from tests.waiting import until
-
-PROMPT = (1, 2, 3)
-
-
-def whole(request: GenerateRequest, lengths: Sequence[int], *, variant: str = "v") -> list[Events]:
-    """What an engine says that is asked for choices of such lengths: a batch for each token."""
-    generated = request.generated or tuple(() for _ in lengths)
-    batches: list[Events] = [(Started(PROMPT, variant),)]
-    done = [ChoiceFinished(i, "stop") for i, n in enumerate(lengths) if len(generated[i]) == n]
-    if done:
-        batches.append(tuple(done))
-    for position in range(max(lengths)):
-        events: list[Event] = []
-        for index, length in enumerate(lengths):
-            if len(generated[index]) <= position < length:
-                events.append(TextDelta(index, f"{index}.{position} ", (100 * index + position,)))
-                if position == length - 1:
-                    events.append(ChoiceFinished(index, "stop"))
-        if events:
-            batches.append(tuple(events))
-    batches[-1] = (*batches[-1], Finished(Usage(len(PROMPT), sum(lengths))))
-    return batches
-
-
-@dataclass
-class BreakingPool(FakePool):
-    """Its replicas answer truly, and break where they are told to."""
-
-    lengths: Sequence[int] = (4,)
-    breaks: list[tuple[int, BlazeError]] = field(default_factory=list)  # after so many batches
-    variants: dict[ReplicaId, str] = field(default_factory=dict)
-
-    def call(self, replica_id: ReplicaId, request: Request) -> FakeCall:
-        assert isinstance(request, GenerateRequest)
-        variant = self.variants.get(replica_id, "v")
-        script: Script = [*whole(request, self.lengths, variant=variant)]
-        if request.variant not in ("", variant):
-            script = [OtherVariant("another one")]
-        elif self.breaks:
-            after, error = self.breaks.pop(0)
-            script = [*script[:after], error]
-        call = FakeCall(script, held=self.held)
-        self.calls.append((replica_id, request))
-        self.open_calls.append(call)
-        return call
-
-
-def flat(batches: Sequence[Events]) -> list[Event]:
-    return [event for batch in batches for event in batch]
-
-
-def asked(n: int = 1) -> GenerateRequest:
-    request = text_request(n=n, temperature=0.0)
-    assert isinstance(request, GenerateRequest)
-    return request
-
 
 LOST = st.sampled_from([ReplicaLost("died"), ReplicaUnreachable("away"), ReplicaStopping("drained")])
 
@@ -170,7 +113,7 @@ async def test_max_lost_bounds_it() -> None:
 async def test_it_goes_on_only_on_the_same_variant() -> None:
     pool = BreakingPool(tuple("abc"), breaks=[(2, ReplicaLost("died"))], variants={"b": "new"})
     bench = RoutingBench(pool)
-    bench.dispatcher.table.follow({"a": 1000.0, "b": 10.0, "c": 0.1}, [])
+    bench.dispatcher.table.follow(Orders({"a": 1000.0, "b": 10.0, "c": 0.1}))
     bench.dispatcher.strategy = RoutingBench(FakePool(), strategy="weighted_round_robin").dispatcher.strategy
     events = await bench.ask(asked())
     assert text_of(events) == "0.0 0.1 0.2 0.3 "
