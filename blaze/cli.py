@@ -30,6 +30,9 @@ app = typer.Typer(
 console = Console()
 stderr = Console(stderr=True)
 
+MOST_GRACE_S = 86_400  # a day
+_CLEAN_UP_S = 60.0  # until `blaze up` itself is killed
+_ASK_AGAIN_S = 0.5
 DEFAULT_CONFIG = Path("serve_config.yaml")
 Url = Annotated[
     str | None, typer.Option(help="Base URL; default: the cluster of `blaze up`, then port 8000.")
@@ -55,25 +58,35 @@ def one_line_errors() -> Iterator[None]:
 def up(
     file: Annotated[Path, typer.Argument(help="A Serve config that deploys Blaze.")] = DEFAULT_CONFIG,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="HTTP port; wins over the file.")] = None,
+    grace: Annotated[
+        float,
+        typer.Option(min=0, max=MOST_GRACE_S, help="Seconds that answers may take to finish at the end."),
+    ] = 30.0,
 ) -> None:
-    """Start a local Ray, deploy FILE, and serve until Ctrl-C."""
+    """Start a local Ray, deploy FILE, and serve until Ctrl-C; a second one does not wait for answers."""
     with one_line_errors():
         try:
             from deployments.up import up as run
         except ImportError as error:
             raise EnvironmentProblem(f"Ray is not installed: {error}; pip install 'ray[serve]'") from None
-        run(file, port, console)
+        run(file, port, console, grace_s=grace)
 
 
 @app.command()
-def down() -> None:
-    """Stop every cluster that `blaze up` runs on this machine, and nothing else."""
+def down(
+    now: Annotated[bool, typer.Option("--now", help="Answers that are being given are cut off.")] = False,
+) -> None:
+    """Stop every cluster that `blaze up` runs on this machine, and nothing else.
+
+    Answers that are being given may finish, within the time that was given to `blaze up`.
+    """
     from deployments.local import sweep
 
     records = read_records()
     for record in records:
         if is_running(record):
-            _end(record.pid)
+            with console.status(f"Stopping {record.url}"):
+                _end(record.pid, within_s=_CLEAN_UP_S + (0 if now else record.grace_s), insist=now)
         sweep(record.cluster_id)
         remove_record(record.cluster_id)
         console.print(f"stopped {record.url or 'a cluster that was starting'}")
@@ -81,15 +94,22 @@ def down() -> None:
         console.print("nothing runs")
 
 
-def _end(pid: int, *, within_s: float = 60.0) -> None:
-    """Ask the process to stop and wait; one that its parent has not collected yet is gone as well."""
-    give_up = time.monotonic() + within_s
+def _end(pid: int, *, within_s: float, insist: bool) -> None:
+    """Ask the process to stop and wait; one that its parent has not collected yet is gone as well.
+
+    ``insist``: ask again, which it takes for haste.
+    """
+    began = time.monotonic()
+    asked = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
-        process.terminate()
         while process.status() != psutil.STATUS_ZOMBIE:
-            if time.monotonic() > give_up:
+            waited_s = time.monotonic() - began
+            if waited_s > within_s:
                 process.kill()
+            elif not asked or (insist and waited_s > asked * _ASK_AGAIN_S):
+                process.terminate()
+                asked += 1
             time.sleep(0.05)
 
 

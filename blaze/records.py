@@ -21,6 +21,7 @@ class ClusterRecord:
     address: str  # of Ray
     dashboard: str  # where `serve deploy` goes
     url: str  # where requests go; empty while the cluster is starting
+    grace_s: float = 0.0  # how long what is being answered may take when it is told to stop
 
 
 def write_record(record: ClusterRecord) -> Path:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import httpx
@@ -33,18 +30,17 @@ from blaze.models.memory import replica_bytes
 from blaze.models.sources import check_sources, parse_source
 from blaze.records import ClusterRecord, remove_record, write_record
 from blaze.types import EngineKind
+from deployments.graceful_stop import let_finish
 from deployments.local import ApplicationProgress, LocalCluster
+from deployments.signals import Stopped, ignore_signals, stop_on_signals, stopping_on_signals
 
 _POLL_S = 0.25
 _PATIENCE = 10  # seconds without an answer from Ray
 
 
-class Stopped(BaseException):
-    """A signal asked for the end. Not an Exception: nothing on the way may swallow it."""
-
-
-def up(path: Path, port: int | None, console: Console) -> None:
-    """Run until SIGINT, SIGTERM or SIGHUP. Raises :class:`blaze.errors.BlazeError` when it cannot start.
+def up(path: Path, port: int | None, console: Console, *, grace_s: float = 30.0) -> None:
+    """Run until SIGINT, SIGTERM or SIGHUP, and then ``grace_s`` longer at the most, for what is being
+    answered; a second signal ends that at once. Raises :class:`blaze.errors.BlazeError` when it cannot start.
 
     Whatever happens, every process that was started is gone when this returns.
     """
@@ -60,23 +56,46 @@ def up(path: Path, port: int | None, console: Console) -> None:
     url = f"http://{host}:{port}{(application.get('route_prefix') or '/').rstrip('/')}"
     with stopping_on_signals(), ExitStack() as undo:
         undo.callback(_stop_cluster, cluster, console)  # before the start: it may be cut off anywhere
-        _record(cluster, url="")  # so that `blaze down` finds what is only beginning
+        _record(cluster, grace_s, url="")  # so that `blaze down` finds what is only beginning
         prepare_models(config, console)
         with console.status("Starting Ray"):
             cluster.start()
         stop_on_signals()  # again: Ray has put its own handlers in their place
-        _record(cluster, url=url)
+        _record(cluster, grace_s, url=url)
+        # Read when Serve is imported, below: this process has no event loop for Serve's router to share.
+        os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
         cluster.deploy(serve_config)
-        wait_until_ready(cluster, application.get("name", APP_NAME), url, console)
+        app_name = application.get("name", APP_NAME)
+        wait_until_ready(cluster, app_name, url, console)
         announce(config, url, cluster, console)
-        _watch(cluster)
+        try:
+            _watch(cluster)
+        except Stopped:
+            stop_on_signals()  # a second one ends the wait
+            _let_finish(cluster, app_name, grace_s, console)
 
 
-def _record(cluster: LocalCluster, *, url: str) -> None:
+def _record(cluster: LocalCluster, grace_s: float, *, url: str) -> None:
     me = psutil.Process()
     write_record(
-        ClusterRecord(cluster.cluster_id, me.pid, me.create_time(), cluster.address, cluster.dashboard, url)
+        ClusterRecord(
+            cluster.cluster_id, me.pid, me.create_time(), cluster.address, cluster.dashboard, url, grace_s
+        )
     )
+
+
+def _let_finish(cluster: LocalCluster, app_name: str, grace_s: float, console: Console) -> None:
+    from blaze.client import connect
+
+    with console.status("Stopping") as status:
+        try:
+            # By handle: whoever started the cluster needs no administrator's key to stop it.
+            client = connect(cluster.address, app_name=app_name)
+        except EnvironmentProblem:  # it was deleted meanwhile: nothing runs
+            return
+        done = let_finish(client, grace_s, lambda text: status.update(f"{text} (again: at once)"))
+    if not done:
+        console.print(f"Not everything was answered within {grace_s:g} s.")
 
 
 def _watch(cluster: LocalCluster) -> None:
@@ -222,37 +241,3 @@ def _example(config: BlazeConfig, url: str) -> str:
         question = [{"role": "user", "content": "What is the capital of France?"}]
         path, body = "/v1/chat/completions", {"model": model.name, "messages": question}
     return f"curl {url}{path} -H 'content-type: application/json' -d '{json.dumps(body)}'"
-
-
-# --- Signals ---------------------------------------------------------------------------------------
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def _stop(_signum: int, _frame: FrameType | None) -> None:
-    ignore_signals()  # one is enough: the clean-up must not be cut off by the next
-    raise Stopped
-
-
-def stop_on_signals() -> None:
-    for number in _SIGNALS:
-        signal.signal(number, _stop)
-
-
-def ignore_signals() -> None:
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def stopping_on_signals() -> Iterator[None]:
-    """Inside, a signal raises :class:`Stopped`; outside of it, that is the normal end."""
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    stop_on_signals()
-    try:
-        yield
-    except (Stopped, SystemExit):
-        pass  # SystemExit: while Ray starts, its own handler of SIGTERM is in place
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -39,6 +39,9 @@ class BlazeUp:
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)
 
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
     def descendants(self) -> list[psutil.Process]:
         """Living processes that inherited this run's mark, wherever they have been adopted since."""
         found = []

@@ -6,10 +6,12 @@ import json
 import socket
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import psutil
 import pytest
 import yaml
@@ -17,9 +19,12 @@ import yaml
 from deployments.local import free_port
 from tests.cluster.blaze_up import BlazeUp, blaze_up
 from tests.cluster.served import answers, serve_config, simulator
+from tests.cluster.sse import read
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.cluster
+
+SHORT, LONG = 80, 600  # tokens: 4 s, and 30
 
 
 @pytest.fixture
@@ -27,6 +32,20 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "serve_config.yaml"
     path.write_text(yaml.safe_dump(serve_config(free_port(), [simulator(replicas=2)])), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Path:
+    """Two replicas whose answers take 0.05 s a token."""
+    model = simulator(replicas=2, inter_token_ms=50, tokens=LONG, slots=16)
+    path = tmp_path / "slow_config.yaml"
+    path.write_text(yaml.safe_dump(serve_config(free_port(), [model], replicas=2)), encoding="utf-8")
+    return path
+
+
+def _url(config: Path) -> str:
+    port = yaml.safe_load(config.read_text(encoding="utf-8"))["http_options"]["port"]
+    return f"http://127.0.0.1:{port}"
 
 
 def _names(run: BlazeUp) -> set[str]:
@@ -88,6 +107,56 @@ def _interrupt_and_expect_nothing_left(run: BlazeUp, folder: Path) -> None:
     assert run.process.wait(timeout=60) == 0, run.output()
     assert run.descendants() == []
     assert list((folder / "state").glob("**/*.json")) == []
+
+
+def test_what_runs_when_it_is_told_to_stop_finishes_or_is_told_so(tmp_path: Path, slow: Path) -> None:
+    url = _url(slow)
+    with blaze_up(tmp_path, str(slow), "--grace", "6") as run, ThreadPoolExecutor(12) as pool:
+        run.wait_for("Blaze is ready")
+        short = [pool.submit(read, url, number, max_tokens=SHORT) for number in range(4)]
+        long = [pool.submit(read, url, number) for number in range(4)]
+        whole = pool.submit(_ask, url)
+        eventually(lambda: _in_flight(url) == 9)
+        run.terminate()
+        eventually(lambda: _refusal(url) == "draining", within_s=5.0)
+        assert all(future.result().is_whole for future in short)
+        for told in (future.result() for future in long):
+            assert [error["code"] for error in told.errors] == ["draining"]
+            assert (told.status, told.num_done, told.finish_reason, told.cut) == (200, 1, None, False)
+        response = whole.result()
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
+        assert response.headers["retry-after"]
+        assert run.process.wait(timeout=60) == 0, run.output()
+        assert run.descendants() == []
+        assert list((tmp_path / "state").glob("**/*.json")) == []
+
+
+def test_told_twice_it_does_not_wait(tmp_path: Path, slow: Path) -> None:
+    url = _url(slow)
+    with blaze_up(tmp_path, str(slow), "--grace", "3600") as run, ThreadPoolExecutor(2) as pool:
+        run.wait_for("Blaze is ready")
+        long = [pool.submit(read, url, number) for number in range(2)]
+        eventually(lambda: _in_flight(url) == 2)
+        assert run.run("down", "--now").returncode == 0
+        assert not any(future.result().is_whole for future in long)
+        assert run.process.wait(timeout=60) == 0, run.output()
+        assert run.descendants() == []
+
+
+def _in_flight(url: str) -> int:
+    status = httpx.get(f"{url}/api/v1/blaze/status", timeout=10).json()
+    return sum(replica["in_flight"] for replica in status["replicas"])
+
+
+def _ask(url: str) -> httpx.Response:
+    body = {"model": "sim", "messages": [{"role": "user", "content": "hello"}]}
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=90)
+
+
+def _refusal(url: str) -> str | None:
+    body = {"model": "sim", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=10)
+    return response.json()["error"]["code"] if response.status_code == 503 else None
 
 
 def test_it_listens_on_this_machine_only(tmp_path: Path, config: Path) -> None:
@@ -154,7 +223,7 @@ def test_a_wrong_config_is_refused_before_anything_starts(tmp_path: Path, config
 def test_down_status_and_chat_find_the_running_cluster(tmp_path: Path, config: Path) -> None:
     with blaze_up(tmp_path, str(config)) as run:
         run.wait_for("Blaze is ready")
-        url = f"http://127.0.0.1:{yaml.safe_load(config.read_text(encoding='utf-8'))['http_options']['port']}"
+        url = _url(config)
 
         status = run.run("status")
         assert status.returncode == 0 and "2/2" in status.stdout

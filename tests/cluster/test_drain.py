@@ -1,0 +1,194 @@
+"""Replicas, nodes and the whole of a cluster are drained under streams, and nobody who reads one can tell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.local import LocalCluster, free_port
+from tests.cluster.served import Served, serve_config, simulator, wait_until_ready
+from tests.cluster.sse import Told, read, streams
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.cluster
+
+STREAMS = 16
+TOKENS = 80
+INTER_TOKEN_S = 0.05  # 4 s each
+API = "api/v1/blaze"
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[Served]:
+    """Two nodes with two replicas each, and two Routers."""
+    model = simulator(replicas=4, ttft_ms=20, inter_token_ms=1000 * INTER_TOKEN_S, tokens=TOKENS, slots=32)
+    model["resources"] = {"num_cpus": 2}
+    port = free_port()
+    config = serve_config(port, [model], replicas=2, slow_start_s=0) | {"proxy_location": "HeadOnly"}
+    with LocalCluster(num_cpus=4) as cluster:
+        add_node(cluster, num_cpus=4)
+        cluster.deploy(config)
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(cluster, url)
+        running = Served(cluster, url, config)
+        eventually(lambda: len([r for r in running.replicas("sim") if r["state"] == "ready"]) == 4)
+        yield running
+
+
+def add_node(cluster: LocalCluster, *, num_cpus: int) -> None:
+    """It carries the cluster's marker, and ends with it."""
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    params = RayParams(
+        gcs_address=cluster.address,
+        node_ip_address="127.0.0.1",
+        num_cpus=num_cpus,
+        num_gpus=0,
+        object_store_memory=150 * 1024 * 1024,
+        min_worker_port=0,
+        max_worker_port=0,
+        node_manager_port=0,
+        include_log_monitor=False,
+    )
+    params.dashboard_agent_listen_port = None
+    Node(params, head=False, shutdown_at_exit=False, spawn_reaper=False)
+
+
+@pytest.fixture(scope="module")
+def unbroken(app: Served) -> list[Told]:
+    with streams(app.url, STREAMS) as asked:
+        told = [future.result() for future in asked]
+    assert all(one.is_whole for one in told)
+    return told
+
+
+def change(app: Served, path: str, **body: Any) -> None:
+    httpx.post(f"{app.url}/{API}/{path}", json=body, timeout=10).raise_for_status()
+
+
+def resumed(app: Served) -> int:
+    counts: list[int] = [model["resumed"] for model in app.status()["models"]]
+    return counts[0]
+
+
+def of(app: Served, key: str, value: str) -> list[dict[str, Any]]:
+    return [replica for replica in app.replicas("sim") if replica[key] == value]
+
+
+def is_drained(app: Served, key: str, value: str) -> bool:
+    return all((r["state"], r["in_flight"], r["running"]) == ("draining", 0, 0) for r in of(app, key, value))
+
+
+def test_what_runs_on_a_drained_replica_goes_on_elsewhere_at_its_deadline(
+    app: Served, unbroken: list[Told]
+) -> None:
+    before = resumed(app)
+    with streams(app.url, STREAMS) as asked:
+        eventually(lambda: app.in_flight() == STREAMS)
+        target = max(app.replicas("sim"), key=lambda replica: replica["in_flight"])["id"]
+        change(app, f"replicas/{target}/drain", timeout_s=0.5)
+        eventually(lambda: is_drained(app, "id", target), within_s=5.0)
+        assert not any(future.done() for future in asked), "it had to be empty before they were done"
+        assert app.in_flight() == STREAMS
+        sent = of(app, "id", target)[0]["requests"]
+        told = [future.result() for future in asked]
+    assert told == _alike(told, unbroken)
+    assert resumed(app) > before
+    assert all(read(app.url, number).is_whole for number in range(4))
+    (drained,) = of(app, "id", target)
+    assert (drained["requests"], drained["state"], drained["failures"]) == (sent, "draining", 0)
+    assert drained["breaker"] == "closed"
+    change(app, f"replicas/{target}/drain", draining=False)
+    eventually(lambda: of(app, "id", target)[0]["state"] == "ready")
+
+
+def _alike(told: list[Told], unbroken: list[Told]) -> list[Told]:
+    """The unbroken answers, with the ids of these ones."""
+    return [
+        Told(200, u.text, t.ids, u.finish_reason, u.usage, (), 1) for t, u in zip(told, unbroken, strict=True)
+    ]
+
+
+def test_a_drained_node_is_empty_and_stays_so(app: Served, unbroken: list[Told]) -> None:
+    nodes = {replica["node"] for replica in app.replicas("sim")}
+    assert len(nodes) == 2
+    node = min(nodes)
+    with streams(app.url, STREAMS) as asked:
+        eventually(lambda: app.in_flight() == STREAMS)
+        change(app, f"nodes/{node}/drain", timeout_s=0.5)
+        eventually(lambda: is_drained(app, "node", node), within_s=5.0)
+        assert not any(future.done() for future in asked)
+        told = [future.result() for future in asked]
+    assert told == _alike(told, unbroken)
+    sent = sum(replica["requests"] for replica in of(app, "node", node))
+    with streams(app.url, 8) as asked:
+        assert all(future.result().is_whole for future in asked)
+    assert sum(replica["requests"] for replica in of(app, "node", node)) == sent
+    change(app, f"nodes/{node}/drain", draining=False)
+    eventually(lambda: all(replica["state"] == "ready" for replica in of(app, "node", node)))
+
+
+def test_with_all_replicas_drained_streams_stay_and_new_ones_wait(app: Served, unbroken: list[Told]) -> None:
+    ids = [replica["id"] for replica in app.replicas("sim")]
+    with streams(app.url, STREAMS) as asked:
+        eventually(lambda: app.in_flight() == STREAMS)
+        before = resumed(app)
+        for replica_id in ids:
+            change(app, f"replicas/{replica_id}/drain", timeout_s=0.0)
+        eventually(lambda: all(is_drained(app, "id", id) for id in ids))
+        told = [future.result() for future in asked]
+    assert told == _alike(told, unbroken)
+    moved = resumed(app) - before  # to those that were not drained yet
+    with streams(app.url, 4) as asked:
+        eventually(lambda: app.status()["models"][0]["waiting"] == 4)
+        for replica_id in ids:
+            change(app, f"replicas/{replica_id}/drain", draining=False)
+        assert all(future.result().is_whole for future in asked)
+    assert resumed(app) - before == moved
+
+
+def test_in_maintenance_nothing_new_is_begun_and_nothing_is_lost(app: Served, unbroken: list[Told]) -> None:
+    with streams(app.url, STREAMS) as asked:
+        eventually(lambda: app.in_flight() == STREAMS)
+        change(app, "drain")
+        eventually(lambda: app.status()["draining"], within_s=2.0)
+        refused = httpx.post(f"{app.url}/v1/chat/completions", json={"model": "sim", "messages": [_HELLO]})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert int(refused.headers["retry-after"]) > 0
+        ready = httpx.get(f"{app.url}/ready")
+        assert (ready.status_code, ready.json()["draining"]) == (503, True)
+        told = [future.result() for future in asked]
+    assert told == _alike(told, unbroken)
+    eventually(lambda: app.status()["models"][0]["open"] == 0)
+    change(app, "drain", draining=False)
+    eventually(lambda: not app.status()["draining"], within_s=2.0)
+    eventually(lambda: read(app.url, 0).is_whole, within_s=5.0)
+
+
+_HELLO = {"role": "user", "content": "hello"}
+
+
+def test_what_is_left_when_the_time_is_up_is_told_so(app: Served) -> None:
+    with streams(app.url, 4) as asked:
+        eventually(lambda: app.in_flight() == 4)
+        change(app, "drain", timeout_s=0.5)
+        began = time.monotonic()
+        told = [future.result() for future in asked]
+        assert time.monotonic() - began < 3.0, "as long as it takes every Router to hear of it, and no longer"
+    assert [(one.status, one.num_done, one.cut, one.finish_reason) for one in told] == [
+        (200, 1, False, None)
+    ] * 4
+    assert [[error["code"] for error in one.errors] for one in told] == [["draining"]] * 4
+    change(app, "drain", draining=False)
+    eventually(lambda: all(read(app.url, number).is_whole for number in range(2)), within_s=15.0)
+    assert sum(replica["failures"] for replica in app.replicas("sim")) == 0
+
+
+def test_what_there_is_not_is_a_404(app: Served) -> None:
+    response = httpx.post(f"{app.url}/{API}/nodes/nowhere/drain", json={})
+    assert (response.status_code, response.json()["error"]["param"]) == (404, "node")
