@@ -229,6 +229,9 @@ class Dispatcher:
         elsewhere."""
         for replica_id in self.table.set_suspects(suspects):
             self._running.lose(replica_id)
+        if self.available_replicas:  # or it is who asks that is cut off
+            for replica_id in set(suspects) - self.table.columns.place.keys():  # finishing what they have
+                self._running.lose(replica_id)
 
     def follow(self, control: Control) -> None:
         """What operators have changed, but for the strategy."""

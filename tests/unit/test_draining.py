@@ -223,6 +223,18 @@ async def test_what_runs_on_a_replica_that_has_left_the_live_set_has_the_same_ti
     assert len(set(bench.called)) == 2
 
 
+@pytest.mark.parametrize("others", [("b",), ()])
+async def test_a_replica_that_has_left_and_does_not_answer_is_not_waited_for(others: tuple[str, ...]) -> None:
+    bench = DrainBench(BreakingPool(("a",)))
+    reader = await bench.reading(asked())
+    bench.pool.set_live(*others)
+    bench.dispatcher.set_suspects(["a"])
+    await bench.turns()
+    assert reader.call.cancelled == bool(others), "if nobody is there, it is who asks that is cut off"
+    reader.call.release()
+    assert await reader.finish() == WHOLE
+
+
 # --- Nowhere to go -----------------------------------------------------------------------------------
 
 
