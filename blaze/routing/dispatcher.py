@@ -25,7 +25,7 @@ from blaze.routing.draining import Drainage, draining_error
 from blaze.routing.outcome import Outcome
 from blaze.routing.picker import Picker
 from blaze.routing.pool import ReplicaPool
-from blaze.routing.replica import Lease
+from blaze.routing.replica import Lease, ReplicaInfo
 from blaze.routing.replicas import ReplicaTable
 from blaze.routing.retries import RetryBudget, pause_s
 from blaze.routing.route import POISON_DEATHS, Route, affinity_key, with_seed
@@ -97,8 +97,12 @@ class Dispatcher:
         self._control = Control()
         self._num_open = 0
         self._retries = RetryBudget()
-        pool.subscribe(self.table.sync)  # first: what is published from now on is not missed
-        self.table.sync(pool.live())
+        pool.subscribe(self._sync)  # first: what is published from now on is not missed
+        self._sync(pool.live())
+
+    def _sync(self, live: tuple[ReplicaInfo, ...]) -> None:
+        self._drainage.expect_changes()  # who leaves may be finishing its work
+        self.table.sync(live)
 
     async def open(self, request: Request) -> RoutedStream:
         """Send the request to a replica and wait for the first content of its answer.

@@ -42,6 +42,7 @@ class Drainage:
         self._times = DrainTimes(clock, settings.drain_timeout_s)
         self._of_all: Drain | None = None
         self._all_end_at: float | None = None
+        self._look_at = -math.inf  # nothing is to be done before
         self._timer: asyncio.TimerHandle | None = None
         # Before the waiting room: what has to leave a replica comes before what has not begun yet.
         table.on_capacity.insert(0, self.look)
@@ -56,11 +57,18 @@ class Drainage:
             self._picker.reopen()
         self._of_all = control.draining_all
         self._all_end_at = self._times.end_of_all(control.draining_all)
-        self._table.follow(self._times.follow(control))  # which looks
+        self.expect_changes()
+        self._table.follow(self._times.follow(control))
+
+    def expect_changes(self) -> None:
+        """Of what drains: the table is about to tell."""
+        self._look_at = -math.inf
 
     def look(self) -> None:
-        """At all that drains: has its time come, and is there room elsewhere?"""
+        """At all that drains: has its time come, is there room elsewhere? Called when a place comes free."""
         now, next_at = self._clock.now(), math.inf
+        if now < self._look_at:
+            return
         for until, attempts in self._running.draining():
             next_at = min(next_at, until)
             if until > now:
@@ -71,6 +79,7 @@ class Drainage:
             next_at = min(next_at, self._all_end_at)
             if self._all_end_at <= now:
                 self._end_all()
+        self._look_at = next_at
         self._look_again(next_at - now)
 
     def _move(self, attempt: Attempt) -> None:
@@ -94,4 +103,8 @@ class Drainage:
         if math.isfinite(in_s):
             # Not only at the time itself: a clock that tests move, and places that come free by time alone.
             pause = min(self._settings.recheck_s, in_s) if in_s > 0 else self._settings.recheck_s
-            self._timer = asyncio.get_running_loop().call_later(pause, self.look)
+            self._timer = asyncio.get_running_loop().call_later(pause, self._look_now)
+
+    def _look_now(self) -> None:
+        self.expect_changes()
+        self.look()

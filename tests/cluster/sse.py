@@ -67,7 +67,7 @@ def _take(told: Told, data: str) -> None:
 
 
 @contextmanager
-def streams(url: str, count: int) -> Iterator[list[Future[Told]]]:
+def streams(url: str, count: int, **fields: Any) -> Iterator[list[Future[Told]]]:
     """So many at once; all have ended when this does."""
     with ThreadPoolExecutor(count) as pool:
-        yield [pool.submit(read, url, number) for number in range(count)]
+        yield [pool.submit(read, url, number, **fields) for number in range(count)]

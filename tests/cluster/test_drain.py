@@ -26,7 +26,7 @@ API = "api/v1/blaze"
 def app() -> Iterator[Served]:
     """Two nodes with two replicas each, and two Routers."""
     model = simulator(replicas=4, ttft_ms=20, inter_token_ms=1000 * INTER_TOKEN_S, tokens=TOKENS, slots=32)
-    model["resources"] = {"num_cpus": 2}
+    model["resources"] = {"num_cpus": 1}  # all fit on one node, too
     port = free_port()
     config = serve_config(port, [model], replicas=2, slow_start_s=0) | {"proxy_location": "HeadOnly"}
     with LocalCluster(num_cpus=4) as cluster:
@@ -99,7 +99,7 @@ def test_what_runs_on_a_drained_replica_goes_on_elsewhere_at_its_deadline(
         told = [future.result() for future in asked]
     assert told == _alike(told, unbroken)
     assert resumed(app) > before
-    assert all(read(app.url, number).is_whole for number in range(4))
+    assert all(read(app.url, number, max_tokens=2).is_whole for number in range(8))
     (drained,) = of(app, "id", target)
     assert (drained["requests"], drained["state"], drained["failures"]) == (sent, "draining", 0)
     assert drained["breaker"] == "closed"
@@ -126,8 +126,7 @@ def test_a_drained_node_is_empty_and_stays_so(app: Served, unbroken: list[Told])
         told = [future.result() for future in asked]
     assert told == _alike(told, unbroken)
     sent = sum(replica["requests"] for replica in of(app, "node", node))
-    with streams(app.url, 8) as asked:
-        assert all(future.result().is_whole for future in asked)
+    assert all(read(app.url, number, max_tokens=2).is_whole for number in range(8))
     assert sum(replica["requests"] for replica in of(app, "node", node)) == sent
     change(app, f"nodes/{node}/drain", draining=False)
     eventually(lambda: all(replica["state"] == "ready" for replica in of(app, "node", node)))
@@ -144,7 +143,7 @@ def test_with_all_replicas_drained_streams_stay_and_new_ones_wait(app: Served, u
         told = [future.result() for future in asked]
     assert told == _alike(told, unbroken)
     moved = resumed(app) - before  # to those that were not drained yet
-    with streams(app.url, 4) as asked:
+    with streams(app.url, 4, max_tokens=2) as asked:
         eventually(lambda: app.status()["models"][0]["waiting"] == 4)
         for replica_id in ids:
             change(app, f"replicas/{replica_id}/drain", draining=False)
@@ -167,7 +166,7 @@ def test_in_maintenance_nothing_new_is_begun_and_nothing_is_lost(app: Served, un
     eventually(lambda: app.status()["models"][0]["open"] == 0)
     change(app, "drain", draining=False)
     eventually(lambda: not app.status()["draining"], within_s=2.0)
-    eventually(lambda: read(app.url, 0).is_whole, within_s=5.0)
+    eventually(lambda: read(app.url, 0, max_tokens=2).is_whole, within_s=5.0)
 
 
 _HELLO = {"role": "user", "content": "hello"}
@@ -185,10 +184,53 @@ def test_what_is_left_when_the_time_is_up_is_told_so(app: Served) -> None:
     ] * 4
     assert [[error["code"] for error in one.errors] for one in told] == [["draining"]] * 4
     change(app, "drain", draining=False)
-    eventually(lambda: all(read(app.url, number).is_whole for number in range(2)), within_s=15.0)
+    eventually(
+        lambda: all(read(app.url, number, max_tokens=2).is_whole for number in range(4)), within_s=15.0
+    )
     assert sum(replica["failures"] for replica in app.replicas("sim")) == 0
+
+
+def test_a_node_that_ray_drains_loses_nothing(app: Served, unbroken: list[Told]) -> None:
+    """As an autoscaler or the notice of a preemption does it. Serve brings others and stops those."""
+    import ray
+
+    head = ray.get_runtime_context().get_node_id()
+    (node,) = {replica["node"] for replica in app.replicas("sim")} - {head}
+    with streams(app.url, STREAMS) as asked:
+        eventually(lambda: app.in_flight() == STREAMS)
+        drain_by_ray(app.cluster, node, within_s=40)
+        told = [future.result() for future in asked]
+    assert told == _alike(told, unbroken)
+
+    def all_on_the_head() -> bool:
+        assert read(app.url, 1, max_tokens=2).is_whole
+        rows = app.replicas("sim")
+        return [(row["node"], row["state"]) for row in rows] == [(head, "ready")] * 4
+
+    eventually(all_on_the_head, within_s=60.0)
+    assert sum(replica["failures"] for replica in app.replicas("sim")) == 0
+
+
+def drain_by_ray(cluster: LocalCluster, node: str, *, within_s: int) -> None:
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = time.time_ns() // 1_000_000 + within_s * 1000
+    accepted, why_not = GcsClient(address=cluster.address).drain_node(node, reason, "a test", deadline_ms)
+    assert accepted, why_not
 
 
 def test_what_there_is_not_is_a_404(app: Served) -> None:
     response = httpx.post(f"{app.url}/{API}/nodes/nowhere/drain", json={})
     assert (response.status_code, response.json()["error"]["param"]) == (404, "node")
+
+
+def test_when_the_application_is_deleted_what_runs_finishes(app: Served, unbroken: list[Told]) -> None:
+    """The last test of the module: nothing is served after it."""
+    with streams(app.url, STREAMS) as asked:
+        eventually(lambda: app.in_flight() == STREAMS)
+        app.cluster.deploy(app.config | {"applications": []})
+        told = [future.result() for future in asked]
+    assert told == _alike(told, unbroken)
+    eventually(lambda: app.cluster.progress().status == "NOT_STARTED", within_s=60.0)
