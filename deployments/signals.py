@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, TypeAlias
 
+_Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -31,13 +33,21 @@ def ignore_signals() -> None:
 
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Inside, a signal raises :class:`Stopped`; outside of it, that is the normal end."""
+    """Inside, a signal raises :class:`Stopped`; outside of it, that is the normal end, and further ones are
+    ignored: whoever asked twice is not to find a process that was killed."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     stop_on_signals()
     try:
         yield
-    except (Stopped, SystemExit):
-        pass  # SystemExit: while Ray starts, its own handler of SIGTERM is in place
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    except (Stopped, SystemExit):  # SystemExit: while Ray starts, its own handler of SIGTERM is in place
+        ignore_signals()
+        return
+    except BaseException:
+        _restore(before)
+        raise
+    _restore(before)
+
+
+def _restore(before: dict[signal.Signals, _Handler]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
@@ -85,8 +86,11 @@ def _record(cluster: LocalCluster, grace_s: float, *, url: str) -> None:
 
 
 def _let_finish(cluster: LocalCluster, app_name: str, grace_s: float, console: Console) -> None:
+    from ray import serve  # noqa: F401  # first: importing it sets the level of its log
+
     from blaze.client import connect
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with console.status("Stopping") as status:
         try:
             # By handle: whoever started the cluster needs no administrator's key to stop it.

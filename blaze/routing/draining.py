@@ -101,7 +101,7 @@ class Drainage:
             self._timer.cancel()
             self._timer = None
         if math.isfinite(in_s):
-            # Not only at the time itself: a clock that tests move, and places that come free by time alone.
+            # Not only at the time itself: places come free by time alone, and the clock is not the loop's.
             pause = min(self._settings.recheck_s, in_s) if in_s > 0 else self._settings.recheck_s
             self._timer = asyncio.get_running_loop().call_later(pause, self._look_now)
 
