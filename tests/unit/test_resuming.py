@@ -122,6 +122,16 @@ async def test_it_goes_on_only_on_the_same_variant() -> None:
     assert bench.failures["b"] == 0, "it is not to blame"
 
 
+async def test_however_many_replicas_of_another_variant_there_are_it_finds_its_own() -> None:
+    names = tuple("abcdefghijklmnop")
+    pool = BreakingPool(names, breaks=[(2, ReplicaLost("died"))], variants=dict.fromkeys(names[1:-1], "new"))
+    bench = RoutingBench(pool, strategy="weighted_round_robin", max_lost=2)
+    weights = {"a": 1000.0, "p": 0.1} | dict.fromkeys(names[1:-1], 10.0)
+    bench.dispatcher.table.follow(Orders(weights))
+    assert text_of(await bench.ask(asked())) == "0.0 0.1 0.2 0.3 "
+    assert (bench.called[0], bench.called[-1], len(bench.called)) == ("a", "p", 16)
+
+
 async def test_when_no_replica_of_its_variant_is_left_the_answer_ends() -> None:
     pool = BreakingPool(("a", "b"), breaks=[(2, ReplicaLost("died"))])
     bench = RoutingBench(pool)
