@@ -161,4 +161,5 @@ class SimulatorConfig(Settings):
         default_factory=dict
     )  # replica rank -> seconds from its first request on in which all fail
     hang: dict[int, Fraction] = Field(default_factory=dict)  # replica rank -> share that never answers
+    fail_load: bool = False  # as a model does whose weights cannot be read
     seed: int = 0

@@ -16,9 +16,18 @@ from blaze.errors import ConfigError, EnvironmentProblem
 GRPC_MESSAGE_BYTES = 256 * 1024 * 1024  # Ray's own limit of 4 MiB is too small for images
 
 
+_DRAINING = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
+
+
 def fast_data_plane() -> dict[str, str]:
     """What every node of a cluster needs."""
     return {
+        # When a Router is replaced, HAProxy is too: the old one serves the connections that it has, and sends
+        # what comes on them to the Routers that it knows. A Router that stops must listen for longer than an
+        # idle connection is kept (keep_alive_timeout_s of http_options, 90 s), and the old HAProxy must live
+        # as long as the longest request that came on one of them.
+        _DRAINING: os.environ.get(_DRAINING, "95"),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "720",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         # Serve's own is 0.1: on two cores every round of the controller is felt by whoever computes.
@@ -27,6 +36,11 @@ def fast_data_plane() -> dict[str, str]:
         # Ray parses a log line of HAProxy's per request for its own HTTP metrics; Blaze has /metrics.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     }
+
+
+def idle_connections_end_s() -> float:
+    """How long a Router that stops still takes requests, on this node."""
+    return float(os.environ.get(_DRAINING, "30"))
 
 
 _RAYS_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -72,7 +86,6 @@ def private_proxy(folder: Path, *, metrics_port: int, stats_port: int, replica_p
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "20",
         # Serve starts four threads on any machine; on a small one they only take turns with the engines.
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_ports),

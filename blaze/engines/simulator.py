@@ -61,7 +61,9 @@ class SimulatorEngine(RunsOperations):
         self._stopping = asyncio.Event()
 
     async def start(self) -> None:
-        """There is nothing to load."""
+        """There is nothing to load. Raises :class:`EngineFailure` when it is told to."""
+        if self._options.fail_load:
+            raise EngineFailure("The simulator was told to fail to load.")
 
     async def stop(self) -> None:
         self._stopping.set()
