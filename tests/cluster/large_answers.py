@@ -40,4 +40,4 @@ if __name__ == "__main__":
     blaze.connect(sys.argv[1])
     router = serve.run(Router.bind(Engine.bind()), name="large-answers", route_prefix=None)
     print(router.ask.remote(int(sys.argv[2])).result(timeout_s=60))  # noqa: T201
-    serve.delete("large-answers")
+    serve.delete("large-answers", _blocking=False)  # it would wait until an ingress has been idle for long
