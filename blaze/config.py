@@ -137,7 +137,7 @@ class ModelConfig(Settings):
     weight: Annotated[float, Field(ge=0, le=MOST_WEIGHT, allow_inf_nan=False)] = 1.0
     max_in_flight: PositiveInt | None = None  # per replica; None: twice what the engine runs at once
     max_surge_percent: Annotated[int, Field(ge=0, le=100)] = 25  # more replicas while they are replaced
-    restart: str = ""  # any text: another one replaces the replicas
+    restart: str | None = None  # any text: another one replaces the replicas
     llm: LLMConfig | None = None
     diffusion: DiffusionConfig | None = None
     simulator: SimulatorConfig | None = None

@@ -89,7 +89,7 @@ def _routed(model: ModelConfig) -> ModelConfig:
             "resources": ResourcesConfig(),
             "source": None,
             "revision": None,
-            "restart": "",
+            "restart": None,
             "max_surge_percent": 0,
             model.engine.value: options[model.engine],
         }
