@@ -99,17 +99,17 @@ def _end(pid: int, *, within_s: float, insist: bool) -> None:
 
     ``insist``: ask again, which it takes for haste.
     """
-    began = time.monotonic()
-    asked = 0
+    began, asked_again = time.monotonic(), False
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
+        process.terminate()
         while process.status() != psutil.STATUS_ZOMBIE:
             waited_s = time.monotonic() - began
             if waited_s > within_s:
                 process.kill()
-            elif not asked or (insist and waited_s > asked * _ASK_AGAIN_S):
+            elif insist and not asked_again and waited_s > _ASK_AGAIN_S:
                 process.terminate()
-                asked += 1
+                asked_again = True
             time.sleep(0.05)
 
 

@@ -184,14 +184,18 @@ class LocalCluster:
             return False
         return True
 
-    def stop(self) -> None:
-        """End every process of the cluster. Safe at any time, more than once."""
+    def disconnect(self) -> None:
+        """The first part of :meth:`stop`. Ray resets the handler of SIGTERM in it."""
         try:
             import ray
 
             ray.shutdown()
         except Exception as error:  # a start that was cut off leaves Ray in any state: the sweep decides
             print(f"ray.shutdown: {error}")  # noqa: T201
+
+    def stop(self) -> None:
+        """End every process of the cluster. Safe at any time, more than once."""
+        self.disconnect()
         sweep(self.cluster_id)
         shutil.rmtree(self._folder, ignore_errors=True)
         for name, value in self._before.items():

@@ -114,6 +114,8 @@ def _watch(cluster: LocalCluster) -> None:
 def _stop_cluster(cluster: LocalCluster, console: Console) -> None:
     ignore_signals()
     with console.status("Stopping"):
+        cluster.disconnect()
+        ignore_signals()  # again: Ray has put the system's own handler of SIGTERM in their place
         cluster.stop()
     remove_record(cluster.cluster_id)
 
