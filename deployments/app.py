@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 
-from blaze.config import ModelConfig, parse_args
+from blaze.config import HealthConfig, ModelConfig, parse_args
 from blaze.models.sources import check_sources
 from blaze.types import EngineKind
 from deployments.autoscaling import scaling_options
@@ -28,6 +28,7 @@ _REPLICA_CLASSES: Mapping[EngineKind, type[EngineReplica]] = {
     EngineKind.SIMULATOR: SimulatorReplica,
 }
 _MANY = 10_000  # Serve's limit on calls at once, where Blaze has an admission of its own
+_LOADS = 6  # failed starts of a model's replicas, and no more are tried; with one replica it is three
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -45,9 +46,11 @@ def build_app(args: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MANY,
         logging_config={"enable_access_log": False},  # every heartbeat is a call
-    ).bind(config.health)
+    ).bind(config.health, {model.name: deployment_name(model) for model in config.models})
     engines = {
-        model.name: engine_deployment(model, config.router.replicas).bind(model, config.health, health)
+        model.name: engine_deployment(model, config.router.replicas, config.health).bind(
+            model, config.health, health
+        )
         for model in config.models
     }
     router = serve.deployment(
@@ -61,14 +64,23 @@ def build_app(args: dict[str, Any]) -> Application:
     return router.bind(config, engines, health)
 
 
-def engine_deployment(model: ModelConfig, routers: int) -> Deployment:
+def deployment_name(model: ModelConfig) -> str:
+    return f"{model.engine.value}-{re.sub(r'[^A-Za-z0-9._-]', '-', model.name)}"
+
+
+def engine_deployment(model: ModelConfig, routers: int, health: HealthConfig) -> Deployment:
     resources = model.resources
     actor_options: dict[str, float] = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
     if resources.memory is not None:
         actor_options["memory"] = resources.memory
     return serve.deployment(
         _REPLICA_CLASSES[model.engine],
-        name=f"{model.engine.value}-{re.sub(r'[^A-Za-z0-9._-]', '-', model.name)}",
+        # How soon Serve notices that a replica has died, and brings another one. Whether one that lives is
+        # well is the health actor's to say; Serve's own three timeouts are for when that is away.
+        health_check_period_s=1.0,
+        health_check_timeout_s=max(10.0, health.stall_after_s),
+        max_constructor_retry_count=_LOADS,
+        name=deployment_name(model),
         ray_actor_options=actor_options,
         logging_config={"enable_access_log": False},  # a line per call, on the path of every request
         # The dispatcher holds the real cap; Serve's must only never be the first to refuse.

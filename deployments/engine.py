@@ -30,11 +30,14 @@ class EngineReplica:
         self._engine = engine
         context = serve.get_replica_context()
         self._replica_id: str = context.replica_tag
+        self._actor_name: str = context.replica_id.to_full_id_str()
         self._rank = int(context.rank.rank)
         self._model = model.name
         self._node = _node_id()
         self._process = psutil.Process(os.getpid())
         self._actor = actor
+        self._stall_after_s = health.stall_after_s
+        self._delivered_at = asyncio.get_running_loop().time()
         self._heartbeats = asyncio.create_task(self._beat(actor, health.probe_period_s))
         await engine.start()
 
@@ -59,9 +62,11 @@ class EngineReplica:
         return await self._engine.get_health_status()
 
     async def check_health(self) -> None:
-        """Serve's own probe. Raises when the engine cannot work any more."""
+        """Serve's own probe. Raises when the engine cannot work any more and the health actor is away, which
+        restarts such replicas with pauses and not for ever."""
         status = await self._engine.get_health_status()
-        if status.state == "failed":
+        away_s = asyncio.get_running_loop().time() - self._delivered_at
+        if status.state == "failed" and away_s > self._stall_after_s:
             raise RuntimeError(status.detail or "the engine has failed")
 
     async def _beat(self, actor: DeploymentHandle, period_s: float) -> None:
@@ -70,6 +75,7 @@ class EngineReplica:
         while True:
             try:
                 await asyncio.wait_for(actor.heartbeat.remote(await self._heartbeat()), timeout=10 * period_s)
+                self._delivered_at = asyncio.get_running_loop().time()
                 failing = False
             except asyncio.CancelledError:
                 raise
@@ -88,6 +94,7 @@ class EngineReplica:
             pid=os.getpid(),
             engine=await self._engine.get_health_status(),
             memory_bytes=self._process.memory_info().rss,
+            actor=self._actor_name,
         )
 
 

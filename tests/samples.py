@@ -74,9 +74,12 @@ def heartbeat(
     running: int = 0,
     queued: int = 0,
     detail: str | None = None,
+    steps: int = 5,
+    cpu_s: float | None = None,
+    actor: str = "",
 ) -> Heartbeat:
-    status = EngineStatus(EngineKind.LLM, state, running, queued, 5, 0.5, detail)
-    return Heartbeat(replica_id, model, rank, "node-1", 4711, status, memory_bytes=1 << 20)
+    status = EngineStatus(EngineKind.LLM, state, running, queued, steps, 0.5, detail, compute_cpu_s=cpu_s)
+    return Heartbeat(replica_id, model, rank, "node-1", 4711, status, memory_bytes=1 << 20, actor=actor)
 
 
 async def collect(batches: AsyncIterator[Events]) -> list[Event]:

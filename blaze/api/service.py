@@ -21,9 +21,11 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """``missing``: models that have no ready replica and may not scale to zero."""
+    """``missing``: models that have no ready replica and may not scale to zero; ``reasons``: (model, why), as
+    far as that is known."""
 
     missing: tuple[str, ...]
+    reasons: tuple[tuple[str, str], ...] = ()
 
     @property
     def ready(self) -> bool:

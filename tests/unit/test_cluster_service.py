@@ -11,7 +11,7 @@ import pytest
 from blaze.config import parse_args
 from blaze.control import NO_CHANGES, ActOnBreaker, Change, Control, SetDraining, SetStrategy, SetWeight
 from blaze.errors import BlazeError, InvalidRequest, ModelNotFound, NotFound, Overloaded
-from blaze.health.supervisor import ClusterView
+from blaze.health.view import ClusterView
 from blaze.prompt_chain import packed, prompt_chain
 from blaze.reports import ModelCounters, News, PeerLoad, ReplicaCounters, RouterReport
 from blaze.routing.dispatcher import Dispatcher
