@@ -24,6 +24,7 @@ class Patient:
     rank: int = 0
     fault: str = ""  # "frozen" | "wedged" | "failed" | "loading"
     steps: int = 0
+    was_ready: bool = False
 
 
 @dataclass
@@ -35,6 +36,7 @@ class HealthWatch:
     comes_back: str = ""
     patients: dict[ReplicaId, Patient] = field(default_factory=dict)
     kills: list[tuple[float, Kill]] = field(default_factory=list)
+    arrivals: list[tuple[float, str]] = field(default_factory=list)  # of replicas that became ready: model
     router: bool = True
 
     def __post_init__(self) -> None:
@@ -90,6 +92,9 @@ class HealthWatch:
         if patient.fault == "frozen":
             return
         patient.steps += not patient.fault
+        if patient.fault in ("", "wedged") and not patient.was_ready:
+            patient.was_ready = True
+            self.arrivals.append((self.now, patient.model))
         state = patient.fault if patient.fault in ("failed", "loading") else "busy"
         self.supervisor.heartbeat(
             heartbeat(

@@ -61,14 +61,23 @@ def simulator(name: str = "sim", *, replicas: int = 2, **options: Any) -> dict[s
 
 @contextmanager
 def served(
-    models: list[dict[str, Any]], *, fast: bool = True, health: dict[str, Any] | None = None, **router: Any
+    models: list[dict[str, Any]],
+    *,
+    fast: bool = True,
+    ready: bool = True,
+    health: dict[str, Any] | None = None,
+    **router: Any,
 ) -> Iterator[Served]:
+    """``ready``: wait until all models are; otherwise until a Router answers."""
     port = free_port()
     config = serve_config(port, models, health=health, **router)
     with LocalCluster(num_cpus=4, fast=fast) as cluster:
         cluster.deploy(config)
         url = f"http://127.0.0.1:{port}"
-        wait_until_ready(cluster, url)
+        if ready:
+            wait_until_ready(cluster, url)
+        else:
+            eventually(lambda: answers(f"{url}/health"), within_s=120, every_s=0.25)
         yield Served(cluster, url, config)
 
 
