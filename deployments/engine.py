@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 
 import psutil
@@ -18,6 +18,8 @@ from blaze.reports import EngineStatus, Heartbeat
 from blaze.types import Events, Request
 
 logger = logging.getLogger("ray.serve")
+
+_PATIENCE_S = 1.0  # with the health actor, where one can do without
 
 
 class EngineReplica:
@@ -39,7 +41,13 @@ class EngineReplica:
         self._stall_after_s = health.stall_after_s
         self._delivered_at = asyncio.get_running_loop().time()
         self._heartbeats = asyncio.create_task(self._beat(actor, health.probe_period_s))
-        await engine.start()
+        await asyncio.sleep(await self._load_in_s())
+        try:
+            await engine.start()
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            await self._tell(actor.not_loaded.remote(self._replica_id, self._model, self._rank, why))
+            raise
 
     async def __del__(self) -> None:
         """Serve awaits it when the replica stops in good order; also when the constructor has failed."""
@@ -47,10 +55,27 @@ class EngineReplica:
             return
         self._heartbeats.cancel()
         await self._engine.stop()
+        await self._tell(self._actor.goodbye.remote(self._replica_id))
+
+    async def _load_in_s(self) -> float:
+        """The health actor knows how often replicas in this one's place died; it may not be there yet."""
         try:
-            await asyncio.wait_for(self._actor.goodbye.remote(self._replica_id), timeout=1.0)
-        except Exception as error:  # when all of the application stops, the health actor may be gone first
-            logger.info("goodbye was not delivered: %s", type(error).__name__)
+            wait_s: float = await asyncio.wait_for(
+                self._actor.load_in_s.remote(self._model, self._rank), timeout=_PATIENCE_S
+            )
+        except Exception as error:
+            logger.info("the health actor does not say when to load: %s", type(error).__name__)
+            return 0.0
+        if wait_s > 0:
+            logger.warning("loading in %.0f s: the ones before this replica have died", wait_s)
+        return wait_s
+
+    async def _tell(self, response: Awaitable[None]) -> None:
+        """News that may get lost: when all of the application stops, the health actor may be gone first."""
+        try:
+            await asyncio.wait_for(response, timeout=_PATIENCE_S)
+        except Exception as error:
+            logger.info("the health actor was not told: %s", type(error).__name__)
 
     async def run(self, request: Request, **_pin: str) -> AsyncGenerator[Events]:
         """Events of one request. ``_pin`` names this replica; the request router has read it."""

@@ -58,6 +58,12 @@ class HealthActor:
     async def goodbye(self, replica_id: ReplicaId) -> None:
         self._supervisor.goodbye(replica_id)
 
+    async def load_in_s(self, model: str, rank: int) -> float:
+        return self._supervisor.load_in_s(model, rank)
+
+    async def not_loaded(self, replica_id: ReplicaId, model: str, rank: int, why: str) -> None:
+        self._supervisor.not_loaded(replica_id, model, rank, why)
+
     async def view(self, report: RouterReport) -> ClusterView:
         """The cluster, with the asking Router's own numbers as they are now."""
         self._supervisor.report(report)

@@ -31,8 +31,10 @@ def condition_of(
     facts: DeploymentFacts | None,
     *,
     given_up: Sequence[str] = (),
+    crash_loops: Sequence[str] = (),
 ) -> ModelCondition:
-    """``given_up``: why replicas of the model are not restarted any more."""
+    """``given_up``: why replicas of the model are not restarted any more; ``crash_loops``: of what they die
+    again and again."""
     count = Counter(states)
     failed = facts is not None and facts.status == "DEPLOY_FAILED"
     raised = _cause(facts.message) if facts is not None else None
@@ -43,11 +45,13 @@ def condition_of(
         detail = f"{reason}: {detail}"[:_LONGEST] if detail else reason
     elif failed:
         reason = detail = "replicas could not be started"
+    elif crash_loops:
+        reason, detail = "replicas die or fail to load again and again", crash_loops[0]
     elif given_up:
         reason, detail = "replicas failed again and again, and are not restarted any more", given_up[0]
     if count[ReplicaState.READY]:
         return ModelCondition(model, "ready", reason, detail)
-    if failed or (given_up and not count[ReplicaState.STARTING]):
+    if failed or crash_loops or (given_up and not count[ReplicaState.STARTING]):
         return ModelCondition(model, "failing", reason, detail)
     if not count and facts is not None and facts.status == "HEALTHY" and not facts.replicas:
         return ModelCondition(model, "idle")

@@ -129,12 +129,12 @@ class Restarts:
             elif replica_id in self._condemned:
                 self._condemned[replica_id].ailment = ailment
             else:
-                self._condemned[replica_id] = _Condemned(_slot(vitals.heartbeat), now, ailment)
+                self._condemned[replica_id] = _Condemned(slot_of(vitals.heartbeat), now, ailment)
 
     def _forgive(self, replicas: Replicas, now: float) -> None:
         """A slot whose replica has been well for long begins anew."""
         for replica_id, vitals in replicas.items():
-            slot = _slot(vitals.heartbeat)
+            slot = slot_of(vitals.heartbeat)
             if slot not in self._backoffs:
                 continue
             if vitals.state(now) is not ReplicaState.READY or self.verdict(replica_id) is not None:
@@ -200,5 +200,5 @@ class Restarts:
         return backoff is not None and backoff.is_exhausted
 
 
-def _slot(heartbeat: Heartbeat) -> Slot:
+def slot_of(heartbeat: Heartbeat) -> Slot:
     return heartbeat.model, heartbeat.rank

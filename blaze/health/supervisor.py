@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from blaze.clock import Clock
 from blaze.control import Change, Control
 from blaze.health.conditions import DeploymentFacts, condition_of
+from blaze.health.crash_loops import CrashLoops
 from blaze.health.journal import Journal
-from blaze.health.restarts import Kill, Restarts
+from blaze.health.restarts import Kill, Restarts, slot_of
 from blaze.health.settings import HealthSettings
 from blaze.health.view import ClusterView, ReplicaHealth
 from blaze.health.vitals import Vitals
@@ -35,6 +36,7 @@ class Supervisor:
         self._clock = clock
         self._journal = Journal(clock)
         self._restarts = Restarts(settings, clock, self._journal)
+        self._crash_loops = CrashLoops(settings, clock)
         self._vitals: dict[ReplicaId, Vitals] = {}
         self._shown: dict[ReplicaId, ReplicaState] = {}
         self._ended: dict[ReplicaId, float] = {}  # and when that was found
@@ -103,6 +105,16 @@ class Supervisor:
         """The replica is stopping in good order."""
         self._forget(replica_id)
 
+    def load_in_s(self, model: str, rank: int) -> float:
+        """How long a replica should wait before it loads: those before it may have died of it."""
+        return self._crash_loops.wait_s((model, rank))
+
+    def not_loaded(self, replica_id: ReplicaId, model: str, rank: int, why: str) -> None:
+        """It could not load, and is about to end."""
+        self._journal.note(model, replica_id, ReplicaState.STARTING, "gone", f"it could not load: {why}")
+        self._crash_loops.died((model, rank), why, at_work=False)
+        self._forget(replica_id)
+
     def learn(self, facts: Mapping[str, DeploymentFacts]) -> None:
         """What is said of the models' deployments, by model."""
         self._facts = facts
@@ -116,6 +128,7 @@ class Supervisor:
         # When nothing at all is heard, neither of replicas nor of Routers, it is this actor that is cut off.
         cut_off = now - self._heard_at > self._settings.suspect_after_s
         kills = () if cut_off else self._restarts.decide(self._vitals)
+        self._crash_loops.look(self._vitals, now)
         for replica_id, vitals in self._vitals.items():
             health = self._health(vitals, now)
             before = self._shown.get(replica_id)
@@ -141,8 +154,11 @@ class Supervisor:
         """Its process is gone."""
         vitals = self._vitals.get(replica_id)
         if vitals is not None:
-            before = self._health(vitals, self._clock.now()).state
-            self._journal.note(vitals.heartbeat.model, replica_id, before, "gone", "its process has ended")
+            beat, before = vitals.heartbeat, self._health(vitals, self._clock.now()).state
+            self._journal.note(beat.model, replica_id, before, "gone", "its process has ended")
+            if before is not ReplicaState.RESTARTING:
+                at_work = beat.engine.work_pending > 0 or self._in_flight_on(replica_id) > 0
+                self._crash_loops.died(slot_of(beat), "the process has ended by itself", at_work=at_work)
             self._ended[replica_id] = self._clock.now()
             self._forget(replica_id)
 
@@ -190,8 +206,13 @@ class Supervisor:
         silent_s = now - vitals.heard_at
         if verdict is not None:
             return ReplicaHealth(vitals.heartbeat, verdict.state, silent_s, verdict.reason)
-        reason = f"no heartbeat for {silent_s:.1f} s" if vitals.is_silent(now) else ""
-        return ReplicaHealth(vitals.heartbeat, vitals.state(now), silent_s, reason)
+        state, reason = vitals.state(now), ""
+        wait_s = self._crash_loops.wait_s(slot_of(vitals.heartbeat))
+        if vitals.is_silent(now):
+            reason = f"no heartbeat for {silent_s:.1f} s"
+        elif state is ReplicaState.STARTING and wait_s > 0:
+            reason = f"waits for {wait_s:.0f} s before it loads, for the ones before it have died"
+        return ReplicaHealth(vitals.heartbeat, state, silent_s, reason)
 
     def _conditions_now(self, now: float) -> tuple[ModelCondition, ...]:
         """Of the models that are known. A new one that fails is an event."""
@@ -201,7 +222,11 @@ class Supervisor:
             ours = [health for health in found if health.heartbeat.model == model]
             given_up = [h.reason for h in ours if h.state is ReplicaState.DEAD and h.reason]
             condition = condition_of(
-                model, (h.state for h in ours), self._facts.get(model), given_up=given_up
+                model,
+                (h.state for h in ours),
+                self._facts.get(model),
+                given_up=given_up,
+                crash_loops=self._crash_loops.failing(model),
             )
             before, after = self._conditions.get(model, condition).state, condition.state
             if before != after and "failing" in (before, after):
@@ -225,6 +250,10 @@ class Supervisor:
         for router_id in [key for key, (at, _) in self._reports.items() if now - at > limit]:
             del self._reports[router_id]
         self._forget_settings(now)
+
+    def _in_flight_on(self, replica_id: ReplicaId) -> int:
+        reports = (report for _, report in self._reports.values())
+        return sum(r.in_flight for report in reports for r in report.replicas if r.replica_id == replica_id)
 
     def _routed_to(self) -> set[ReplicaId]:
         return {replica.replica_id for _, report in self._reports.values() for replica in report.replicas}
