@@ -45,6 +45,7 @@ def build_app(args: dict[str, Any]) -> Application:
         name="Health",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MANY,
+        health_check_period_s=1.0,  # how soon Serve notices that it has died
         logging_config={"enable_access_log": False},  # every heartbeat is a call
     ).bind(config.health, {model.name: deployment_name(model) for model in config.models})
     engines = {

@@ -24,6 +24,7 @@ from blaze.reports import (
 from blaze.types import ReplicaId
 
 SETTINGS_KEPT_S = 600.0  # of a replica that nobody sees: it may only be cut off, and come back
+_LATE_S = 5.0  # a heartbeat may come so long after its replica has ended
 _UNWELL = (ReplicaState.SUSPECT, ReplicaState.RESTARTING, ReplicaState.DEAD)  # nobody is sent there
 
 
@@ -52,8 +53,10 @@ class Supervisor:
     def heartbeat(self, heartbeat: Heartbeat) -> None:
         replica_id, now = heartbeat.replica_id, self._clock.now()
         self._heard_at = now
-        if replica_id in self._ended:  # its last one was still on the way
-            return
+        if replica_id in self._ended:
+            if now - self._ended[replica_id] < _LATE_S:
+                return  # its last one was still on the way
+            del self._ended[replica_id]  # whoever said so was wrong
         if replica_id in self._vitals:
             self._vitals[replica_id].hear(heartbeat, now)
         else:

@@ -186,6 +186,14 @@ def test_a_heartbeat_that_was_still_on_the_way_does_not_bring_it_back() -> None:
     assert cluster.state("a") is None
 
 
+def test_one_that_was_wrongly_taken_for_ended_is_seen_again() -> None:
+    cluster = watch("a", "b")
+    cluster.supervisor.ended("a")
+    cluster.run(6)
+    assert cluster.state("a") is ReplicaState.READY
+    assert cluster.report() == ()
+
+
 def test_the_silent_and_those_that_are_being_ended_are_asked_after() -> None:
     cluster = watch("a", "b")
     assert cluster.supervisor.to_ask_after() == ()
