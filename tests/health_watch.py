@@ -44,6 +44,7 @@ class HealthWatch:
         self.supervisor = Supervisor(self.settings, self.clock)
         self._started_at = self.clock.now()
         self._serial = count(1)
+        self._suspects: tuple[ReplicaId, ...] = ()  # as the Router knows them: it has moved their work
         self._coming: list[tuple[float, Patient]] = []
 
     @property
@@ -64,7 +65,7 @@ class HealthWatch:
             for patient in self.patients.values():
                 self._beat(patient)
             if self.router:
-                self.report()
+                self._suspects = self.report()
             for kill in self.supervisor.decide():
                 self.kills.append((self.now, kill))
                 self.end(kill.replica_id)
@@ -102,7 +103,7 @@ class HealthWatch:
                 model=patient.model,
                 rank=patient.rank,
                 state=state,  # type: ignore[arg-type]
-                running=int(state == "busy"),
+                running=int(state == "busy" and patient.id not in self._suspects),
                 steps=patient.steps,
                 actor=f"actor-{patient.id}",
             )

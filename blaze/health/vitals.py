@@ -47,8 +47,10 @@ class Vitals:
         self.heartbeat = heartbeat
         self.heard_at = now
         self._good_again: int | None = None  # heartbeats in a row since it was silent
-        self._step_at = now  # or it had nothing to do
-        self._progress_at = now  # the same, or it computed
+        # Of the time in which it had work: since its last step, and since it last computed, too. That the
+        # work has gone is no sign of health: it was moved elsewhere because of this, or its clients gave up.
+        self._without_step_s = 0.0
+        self._without_progress_s = 0.0
 
     def hear(self, heartbeat: Heartbeat, now: float) -> None:
         before, engine = self.heartbeat.engine, heartbeat.engine
@@ -58,17 +60,19 @@ class Vitals:
             self._good_again += 1
             if self._good_again >= GOOD_HEARTBEATS:
                 self._good_again = None
-        if not engine.work_pending or engine.steps_done != before.steps_done or engine.state == "loading":
-            self._step_at = self._progress_at = now
-        elif _has_computed(before, engine, now - self.heard_at):
-            self._progress_at = now
+        if engine.steps_done != before.steps_done or engine.state == "loading":
+            self._without_step_s = self._without_progress_s = 0.0
+        elif before.work_pending:
+            elapsed_s = now - self.heard_at
+            self._without_step_s += elapsed_s
+            self._without_progress_s += elapsed_s
+            if _has_computed(before, engine, elapsed_s):
+                self._without_progress_s = 0.0
         self.heartbeat, self.heard_at = heartbeat, now
 
     def excuse(self, seconds: float, now: float) -> None:
         """Whoever listens was itself away for so long: it could not have heard anything."""
         self.heard_at = min(now, self.heard_at + seconds)
-        self._step_at = min(now, self._step_at + seconds)
-        self._progress_at = min(now, self._progress_at + seconds)
 
     def is_silent(self, now: float) -> bool:
         return now - self.heard_at > self._settings.suspect_after_s
@@ -90,12 +94,12 @@ class Vitals:
             return Ailment(AilmentKind.FAILED, engine.detail or "the engine has failed")
         if silent_s > limit_s:
             return Ailment(AilmentKind.SILENT, f"no heartbeat for {silent_s:.1f} s")
-        idle_s, step_s = self.heard_at - self._progress_at, self.heard_at - self._step_at
-        pending = f"{engine.work_pending} request{'s' if engine.work_pending > 1 else ''} pending"
-        if idle_s > self._settings.stall_after_s:
-            return Ailment(AilmentKind.STALLED, f"{pending} and no progress for {idle_s:.1f} s")
-        if step_s > patience_s:
-            return Ailment(AilmentKind.STALLED, f"{pending}, and {step_s:.0f} s of computing without a step")
+        if self._without_progress_s > self._settings.stall_after_s:
+            reason = f"requests pending and no progress for {self._without_progress_s:.1f} s"
+            return Ailment(AilmentKind.STALLED, reason)
+        if self._without_step_s > patience_s:
+            reason = f"requests pending and {self._without_step_s:.0f} s of computing without a step"
+            return Ailment(AilmentKind.STALLED, reason)
         return None
 
 

@@ -27,12 +27,14 @@ STREAMS = 8
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    empty: Path = tmp_path_factory.mktemp("no-model")
+    folder: Path = tmp_path_factory.mktemp("no-model")
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
     models = [
         simulator("sim", replicas=2, ttft_ms=20, inter_token_ms=50, tokens=TOKENS, slots=32),
         # The replica of rank 1 never gets on with anything, and neither does its replacement.
         simulator("wedged", replicas=2, ttft_ms=5, inter_token_ms=5, tokens=8, slots=4, hang={1: 1.0}),
-        {"name": "broken", "engine": "llm", "source": str(empty), "resources": {"num_cpus": 0.05}},
+        {"name": "broken", "engine": "llm", "source": str(folder), "resources": {"num_cpus": 0.05}},
     ]
     health = {"stall_after_s": STALL_AFTER_S, "probe_period_s": 0.5}
     with served(
