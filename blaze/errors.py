@@ -171,6 +171,12 @@ class Draining(Overloaded):
     retryable = False
 
 
+class ModelUnavailable(Overloaded):
+    """Replicas of the model cannot be started; it takes an operator to change that."""
+
+    code = "model_unavailable"
+
+
 class DeadlineExceeded(BlazeError):
     """The request's deadline passed before it was finished."""
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 from blaze.clock import Clock
 from blaze.engines.base import Engine
 from blaze.errors import ReplicaLost, ReplicaStopping
-from blaze.health.supervisor import ReplicaHealth
+from blaze.health.view import ReplicaHealth
 from blaze.local_pool import LocalPool
 from blaze.recovery import Action, Recovery, RecoverySettings
 from blaze.reports import EngineStatus, Heartbeat, ReplicaState

@@ -26,7 +26,7 @@ from blaze.config_errors import describe
 from blaze.engines.base import Engine
 from blaze.engines.operations import answer_all, translate
 from blaze.errors import ConfigError, EnvironmentProblem, ModelNotFound, NotFound, RemoteError
-from blaze.health.supervisor import ClusterView, ReplicaHealth
+from blaze.health.view import ClusterView, ReplicaHealth
 from blaze.local_engines import engine_maker, model_config
 from blaze.local_model import LocalModel
 from blaze.local_pool import LocalPool

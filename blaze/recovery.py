@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from blaze.backoff import Backoff
 from blaze.clock import Clock
 
 
@@ -28,12 +28,20 @@ class Recovery:
 
     def __init__(self, settings: RecoverySettings, clock: Clock) -> None:
         self._settings = settings
-        self._clock = clock
+        self._backoff = Backoff(
+            clock,
+            first_s=settings.backoff_s,
+            most_s=settings.max_backoff_s,
+            max_attempts=settings.max_attempts,
+        )
         self._good = 0  # checks in a row
-        self._not_before = -math.inf
         self.failed_checks = 0  # in a row
-        self.attempts = 0  # since it was last well for long
         self.given_up = False
+
+    @property
+    def attempts(self) -> int:
+        """Since it was last well for long."""
+        return self._backoff.attempts
 
     def well(self) -> None:
         """A check found it in order."""
@@ -41,7 +49,7 @@ class Recovery:
         self.given_up = False
         self._good += 1
         if self._good >= self._settings.threshold:
-            self.attempts = 0
+            self._backoff.forget()
 
     def failed(self) -> Action:
         """A check found it failed, or not there. GIVE_UP comes once."""
@@ -49,19 +57,16 @@ class Recovery:
         self.failed_checks += 1
         if self.failed_checks < self._settings.threshold or self.given_up:
             return Action.NONE
-        if self.attempts >= self._settings.max_attempts:
+        if self._backoff.is_exhausted:
             self.given_up = True
             return Action.GIVE_UP
-        if self._clock.now() < self._not_before:
+        if self._backoff.wait_s > 0:
             return Action.NONE
-        self.attempts += 1
+        self._backoff.attempt()
         return Action.REBUILD
 
     def rebuilt(self, *, successfully: bool) -> float:
         """An attempt has ended. Returns the seconds in which there will be no other."""
         if successfully:
             self.failed_checks = 0
-        longer = self._settings.backoff_s * 2.0 ** (self.attempts - 1)
-        pause = min(self._settings.max_backoff_s, longer)
-        self._not_before = self._clock.now() + pause
-        return pause
+        return self._backoff.pause()

@@ -53,6 +53,7 @@ class EngineStatus:
     kv_cache: KVCacheStatus | None = None  # of LLM engines
     diffusion: DiffusionStatus | None = None  # of diffusion engines
     prefixes: bytes = b""  # packed links of the prompts that it holds, see prompt_chain.py
+    compute_cpu_s: float | None = None  # processor time of the compute thread; None: not measured
 
     @property
     def work_pending(self) -> int:
@@ -70,6 +71,7 @@ class Heartbeat:
     pid: int
     engine: EngineStatus
     memory_bytes: int  # resident set size of the replica's process
+    actor: str = ""  # the name by which it can be ended; "": it cannot
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,31 @@ class BreakerEvent:
     after: str
     reason: str
     age_s: float  # ago, at the time of the report: clocks are each process's own
+
+
+@dataclass(frozen=True)
+class ReplicaEvent:
+    """What the health actor has found of a replica, or decided about it."""
+
+    model: str
+    replica_id: ReplicaId
+    before: str
+    after: str
+    reason: str
+    age_s: float
+
+
+@dataclass(frozen=True)
+class ModelCondition:
+    """Whether a model can be served, and if not, why not.
+
+    ``reason`` is for everybody, ``detail`` for operators: it may name paths.
+    """
+
+    model: str
+    state: Literal["loading", "ready", "idle", "failing"]  # idle: scaled to zero
+    reason: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,3 +191,4 @@ class News:
     peers: tuple[tuple[ReplicaId, PeerLoad], ...]
     suspects: tuple[ReplicaId, ...]
     prefixes: tuple[tuple[ReplicaId, bytes], ...] = ()
+    conditions: tuple[ModelCondition, ...] = ()

@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 
-from blaze.config import ModelConfig, RouterConfig, parse_args
+from blaze.config import HealthConfig, ModelConfig, RouterConfig, parse_args
 from blaze.models.sources import check_sources
 from blaze.types import EngineKind
 from deployments.autoscaling import scaling_options
@@ -30,6 +30,8 @@ _REPLICA_CLASSES: Mapping[EngineKind, type[EngineReplica]] = {
 }
 _MANY = 10_000  # Serve's limit on calls at once, where Blaze has an admission of its own
 _START_ATTEMPTS = 6  # then an update is given up and the old version serves on; Serve's: 20
+_LOOK_EVERY_S = 1.0  # how soon Serve finds that a replica has died; its own is 10 s
+_FROZEN_S = 10.0  # three times, and a Router that does not answer is replaced; Serve's own is 30 s
 _LATE_S = 30.0  # beyond the deadline of the last request, before a replica that stops is killed
 _SURGE_PERCENT = 25  # of the Routers; they ask for no CPU
 
@@ -43,10 +45,11 @@ def build_app(args: dict[str, Any]) -> Application:
     check_sources(config)
     check_bodies_fit(config.router.max_body_bytes)
     # The Router and the health actor ask for no CPU: they must start on a node that engines have filled.
-    health = bind(_health_deployment(), config.health)
+    names = {model.name: deployment_name(model) for model in config.models}
+    health = bind(_health_deployment(), config.health, names)
     engines = {
         model.name: bind(
-            engine_deployment(model, config.router),
+            engine_deployment(model, config.router, config.health),
             as_loaded(model),
             config.health,
             health,
@@ -64,6 +67,8 @@ def _health_deployment() -> Deployment:
         name="Health",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MANY,
+        health_check_period_s=_LOOK_EVERY_S,
+        health_check_timeout_s=_FROZEN_S,
         logging_config={"enable_access_log": False},  # every heartbeat is a call
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=5.0,
@@ -78,6 +83,8 @@ def _router_deployment(router: RouterConfig) -> Deployment:
         num_replicas=router.replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MANY,
+        health_check_period_s=_LOOK_EVERY_S,
+        health_check_timeout_s=_FROZEN_S,
         logging_config={"enable_access_log": router.access_log},
         max_surge_percent=_SURGE_PERCENT,
         graceful_shutdown_timeout_s=idle_connections_end_s() + _drain_s(router),
@@ -85,14 +92,22 @@ def _router_deployment(router: RouterConfig) -> Deployment:
     )
 
 
-def engine_deployment(model: ModelConfig, router: RouterConfig) -> Deployment:
+def deployment_name(model: ModelConfig) -> str:
+    return f"{model.engine.value}-{re.sub(r'[^A-Za-z0-9._-]', '-', model.name)}"
+
+
+def engine_deployment(model: ModelConfig, router: RouterConfig, health: HealthConfig) -> Deployment:
     resources = model.resources
     actor_options: dict[str, float] = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
     if resources.memory is not None:
         actor_options["memory"] = resources.memory
     return serve.deployment(
         _REPLICA_CLASSES[model.engine],
-        name=f"{model.engine.value}-{re.sub(r'[^A-Za-z0-9._-]', '-', model.name)}",
+        # How soon Serve notices that a replica has died, and brings another one. Whether one that lives is
+        # well is the health actor's to say; Serve's own three timeouts are for when that is away.
+        health_check_period_s=_LOOK_EVERY_S,
+        health_check_timeout_s=max(_FROZEN_S, health.stall_after_s),
+        name=deployment_name(model),
         ray_actor_options=actor_options,
         logging_config={"enable_access_log": False},  # a line per call, on the path of every request
         # The dispatcher holds the real cap; Serve's must only never be the first to refuse. A number that

@@ -35,6 +35,10 @@ def fast_data_plane() -> dict[str, str]:
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(GRPC_MESSAGE_BYTES),
         # Ray parses a log line of HAProxy's per request for its own HTTP metrics; Blaze has /metrics.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        # What fails Serve's own health checks is ended at once: it has nothing to finish.
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+        # Ray asks a process to end itself before it kills it; one that hangs never will. Its own: 5 s.
+        "RAY_kill_worker_timeout_milliseconds": "500",
     }
 
 

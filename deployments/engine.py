@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 
 import psutil
@@ -19,6 +19,8 @@ from blaze.types import Events, Request
 
 logger = logging.getLogger("ray.serve")
 
+_PATIENCE_S = 1.0  # with the health actor, where one can do without
+
 
 class EngineReplica:
     """An engine in a Serve replica. The first heartbeat leaves before the model is loaded."""
@@ -30,13 +32,22 @@ class EngineReplica:
         self._engine = engine
         context = serve.get_replica_context()
         self._replica_id: str = context.replica_tag
+        self._actor_name: str = context.replica_id.to_full_id_str()
         self._rank = int(context.rank.rank)
         self._model = model.name
         self._node = _node_id()
         self._process = psutil.Process(os.getpid())
         self._actor = actor
+        self._stall_after_s = health.stall_after_s
+        self._delivered_at = asyncio.get_running_loop().time()
         self._heartbeats = asyncio.create_task(self._beat(actor, health.probe_period_s))
-        await engine.start()
+        await asyncio.sleep(await self._load_in_s())
+        try:
+            await engine.start()
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            await self._tell(actor.not_loaded.remote(self._replica_id, self._model, self._rank, why))
+            raise
 
     async def __del__(self) -> None:
         """Serve awaits it when the replica stops in good order; also when the constructor has failed."""
@@ -44,10 +55,27 @@ class EngineReplica:
             return
         self._heartbeats.cancel()
         await self._engine.stop()
+        await self._tell(self._actor.goodbye.remote(self._replica_id))
+
+    async def _load_in_s(self) -> float:
+        """The health actor knows how often replicas in this one's place died; it may not be there yet."""
         try:
-            await asyncio.wait_for(self._actor.goodbye.remote(self._replica_id), timeout=1.0)
-        except Exception as error:  # when all of the application stops, the health actor may be gone first
-            logger.info("goodbye was not delivered: %s", type(error).__name__)
+            wait_s: float = await asyncio.wait_for(
+                self._actor.load_in_s.remote(self._model, self._rank), timeout=_PATIENCE_S
+            )
+        except Exception as error:
+            logger.info("the health actor does not say when to load: %s", type(error).__name__)
+            return 0.0
+        if wait_s > 0:
+            logger.warning("loading in %.0f s: the ones before this replica have died", wait_s)
+        return wait_s
+
+    async def _tell(self, response: Awaitable[None]) -> None:
+        """News that may get lost: when all of the application stops, the health actor may be gone first."""
+        try:
+            await asyncio.wait_for(response, timeout=_PATIENCE_S)
+        except Exception as error:
+            logger.info("the health actor was not told: %s", type(error).__name__)
 
     async def run(self, request: Request, **_pin: str) -> AsyncGenerator[Events]:
         """Events of one request. ``_pin`` names this replica; the request router has read it."""
@@ -59,9 +87,11 @@ class EngineReplica:
         return await self._engine.get_health_status()
 
     async def check_health(self) -> None:
-        """Serve's own probe. Raises when the engine cannot work any more."""
+        """Serve's own probe. Raises when the engine cannot work any more and the health actor is away, which
+        restarts such replicas with pauses and not for ever."""
         status = await self._engine.get_health_status()
-        if status.state == "failed":
+        away_s = asyncio.get_running_loop().time() - self._delivered_at
+        if status.state == "failed" and away_s > self._stall_after_s:
             raise RuntimeError(status.detail or "the engine has failed")
 
     async def _beat(self, actor: DeploymentHandle, period_s: float) -> None:
@@ -70,6 +100,7 @@ class EngineReplica:
         while True:
             try:
                 await asyncio.wait_for(actor.heartbeat.remote(await self._heartbeat()), timeout=10 * period_s)
+                self._delivered_at = asyncio.get_running_loop().time()
                 failing = False
             except asyncio.CancelledError:
                 raise
@@ -88,6 +119,7 @@ class EngineReplica:
             pid=os.getpid(),
             engine=await self._engine.get_health_status(),
             memory_bytes=self._process.memory_info().rss,
+            actor=self._actor_name,
         )
 
 

@@ -1,30 +1,49 @@
-"""The health actor: one replica that everybody reports to, and that answers for the whole cluster."""
+"""The health actor: one replica that everybody reports to, that answers for the whole cluster, and restarts
+replicas that are unhealthy."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+
+import ray
+from ray import serve
 
 from blaze.clock import SystemClock
 from blaze.config import HealthConfig
 from blaze.control import Change, Control
-from blaze.health.supervisor import ClusterView, HealthSettings, Supervisor
+from blaze.health.conditions import DeploymentFacts
+from blaze.health.restarts import Kill
+from blaze.health.settings import HealthSettings
+from blaze.health.supervisor import Supervisor
+from blaze.health.view import ClusterView
 from blaze.reports import Heartbeat, News, RouterReport
 from blaze.types import ReplicaId
+
+logger = logging.getLogger("ray.serve")
+
+_FACTS_EVERY_S = 2.0
+_NAMESPACE = "serve"  # in which Serve names its actors
 
 
 class HealthActor:
     """Its state is rebuilt from the next heartbeats and reports when Serve brings it back."""
 
-    async def __init__(self, config: HealthConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        settings = HealthSettings(
-            probe_period_s=config.probe_period_s,
-            missed_probes=config.missed_probes,
-            stall_after_s=config.stall_after_s,
-        )
-        self._supervisor = Supervisor(settings, SystemClock())
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: HealthConfig, deployments: Mapping[str, str]
+    ) -> None:
+        """``deployments``: of the engines, by model."""
+        self._supervisor = Supervisor(settings_of(config), SystemClock())
+        self._deployments = deployments
+        self._app = serve.get_replica_context().app_name
         # Before that, Routers may know of changes that this actor, back from its death, has not heard of: the
         # number of a new one could be taken.
         self._knows_all_at = asyncio.get_running_loop().time() + 2 * min(1.0, config.probe_period_s)
+        self._loops = (
+            asyncio.create_task(_forever(self._act, min(1.0, config.probe_period_s))),
+            asyncio.create_task(_forever(self._look_at_deployments, _FACTS_EVERY_S)),
+        )
 
     async def heartbeat(self, heartbeat: Heartbeat) -> None:
         self._supervisor.heartbeat(heartbeat)
@@ -39,7 +58,88 @@ class HealthActor:
     async def goodbye(self, replica_id: ReplicaId) -> None:
         self._supervisor.goodbye(replica_id)
 
+    async def load_in_s(self, model: str, rank: int) -> float:
+        return self._supervisor.load_in_s(model, rank)
+
+    async def not_loaded(self, replica_id: ReplicaId, model: str, rank: int, why: str) -> None:
+        self._supervisor.not_loaded(replica_id, model, rank, why)
+
     async def view(self, report: RouterReport) -> ClusterView:
         """The cluster, with the asking Router's own numbers as they are now."""
         self._supervisor.report(report)
         return self._supervisor.view()
+
+    # --- What it does about it -----------------------------------------------------------------------
+
+    async def _act(self) -> None:
+        for beat in self._supervisor.to_ask_after():
+            if await asyncio.to_thread(_has_ended, beat.actor):
+                self._supervisor.ended(beat.replica_id)
+        for kill in self._supervisor.decide():
+            await self._carry_out(kill)
+
+    async def _carry_out(self, kill: Kill) -> None:
+        try:
+            await asyncio.to_thread(_end, kill.actor)
+        except Exception as error:
+            logger.exception("replica %s could not be ended", kill.replica_id)
+            self._supervisor.not_ended(kill.replica_id, type(error).__name__)
+
+    async def _look_at_deployments(self) -> None:
+        status = await asyncio.to_thread(serve.status)
+        application = status.applications.get(self._app)
+        if application is None:
+            return
+        facts: dict[str, DeploymentFacts] = {}
+        for model, name in self._deployments.items():
+            found = application.deployments.get(name)
+            if found is not None:
+                facts[model] = DeploymentFacts(
+                    str(found.status.value), found.message, sum(found.replica_states.values())
+                )
+        self._supervisor.learn(facts)
+
+
+def settings_of(config: HealthConfig) -> HealthSettings:
+    stall_after_s = config.stall_after_s
+    return HealthSettings(
+        probe_period_s=config.probe_period_s,
+        missed_probes=config.missed_probes,
+        stall_after_s=stall_after_s,
+        # Who becomes unhealthy after a restart shows it only when that time has passed again.
+        replacement_s=max(60.0, 2 * stall_after_s),
+        forgive_after_s=max(120.0, 4 * stall_after_s),
+    )
+
+
+async def _forever(step: Callable[[], Awaitable[None]], every_s: float) -> None:
+    """One that goes wrong must not stop the next."""
+    failing = False
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            await step()
+            failing = False
+        except Exception as error:
+            if not failing:
+                logger.warning("a round of the health actor failed: %s: %s", type(error).__name__, error)
+            failing = True
+
+
+def _has_ended(actor: str) -> bool:
+    """Whether Ray knows that the actor is gone. Blocks for a few milliseconds."""
+    try:
+        ray.get_actor(actor, namespace=_NAMESPACE)
+    except ValueError:
+        return True
+    return False
+
+
+def _end(actor: str) -> None:
+    """Its process is killed, whatever state it is in, also when it was stopped with SIGSTOP: Ray asks it, and
+    then does it by force, see RAY_kill_worker_timeout_milliseconds in data_plane.py."""
+    try:
+        handle = ray.get_actor(actor, namespace=_NAMESPACE)
+    except ValueError:
+        return  # it has ended by itself
+    ray.kill(handle)

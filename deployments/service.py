@@ -16,9 +16,16 @@ from blaze.api.service import ModelCard, Readiness
 from blaze.clock import SystemClock
 from blaze.config import BlazeConfig, ModelConfig
 from blaze.control import Change, Control, SetAllDraining, SetNodeDraining, SetStrategy
-from blaze.errors import ConfigError, InvalidRequest, ModelNotFound, NotFound, Overloaded
-from blaze.health.supervisor import ClusterView
-from blaze.reports import ModelCounters, News, ReplicaCounters, RouterReport
+from blaze.errors import (
+    ConfigError,
+    InvalidRequest,
+    ModelNotFound,
+    ModelUnavailable,
+    NotFound,
+    Overloaded,
+)
+from blaze.health.view import ClusterView
+from blaze.reports import ModelCondition, ModelCounters, News, ReplicaCounters, RouterReport
 from blaze.routing.dispatcher import Dispatcher
 from blaze.routing.routed_stream import RoutedStream
 from blaze.routing.settings import DispatchSettings
@@ -32,6 +39,7 @@ from deployments.pool import RayReplicaPool
 logger = logging.getLogger("ray.serve")
 
 _PATIENCE_S = 5.0  # with the health actor, when an operator waits
+_UNAVAILABLE_S = 60.0  # the hint to clients of a model that somebody has to mend
 
 
 class ClusterService:
@@ -55,6 +63,7 @@ class ClusterService:
         self._rngs = {m.name: self._rng(m.name) for m in config.models}
         self._dispatchers = {m.name: self._dispatcher(m, engines[m.name]) for m in config.models}
         self._control = Control()
+        self._conditions: dict[str, ModelCondition] = {}
         self._reporting = asyncio.create_task(self._report_forever())
 
     def _dispatcher(self, model: ModelConfig, handle: DeploymentHandle) -> Dispatcher:
@@ -99,20 +108,36 @@ class ClusterService:
         return self._cards
 
     def readiness(self) -> Readiness:
-        return Readiness(
-            missing=tuple(
-                model.name
-                for model in self._config.models
-                if not model.may_scale_to_zero and self._dispatchers[model.name].available_replicas == 0
-            ),
-            draining=self._control.draining_all is not None,
+        missing = tuple(
+            model.name
+            for model in self._config.models
+            if self._dispatchers[model.name].available_replicas == 0
+            and (not model.may_scale_to_zero or self._is_failing(model.name))
         )
+        conditions = {name: self._conditions[name] for name in missing if name in self._conditions}
+        return Readiness(
+            missing,
+            draining=self._control.draining_all is not None,
+            reasons=tuple((name, c.reason or c.state) for name, c in conditions.items()),
+        )
+
+    def _is_failing(self, model: str) -> bool:
+        condition = self._conditions.get(model)
+        return condition is not None and condition.state == "failing"
 
     async def open(self, request: Request) -> RoutedStream:
         dispatcher = self._dispatchers.get(request.model)
         if dispatcher is None:
             raise ModelNotFound(request.model)
+        if self._is_failing(request.model) and not dispatcher.available_replicas:
+            raise self._unavailable(request.model)
         return await dispatcher.open(request)
+
+    def _unavailable(self, model: str) -> ModelUnavailable:
+        reason = self._conditions[model].reason
+        return ModelUnavailable(
+            f"The model `{model}` is not available: {reason}.", retry_after_s=_UNAVAILABLE_S
+        )
 
     async def status(self) -> dict[str, Any]:
         return status_object(self._cards, await self._view(), self.readiness(), addresses=clients_are_known())
@@ -215,9 +240,13 @@ class ClusterService:
 
     def _take(self, news: News) -> None:
         self._follow(news.control)
+        self._conditions = {condition.model: condition for condition in news.conditions}
         peers = dict(news.peers)
         for dispatcher in self._dispatchers.values():
             dispatcher.table.set_peers(peers)
             dispatcher.set_suspects(news.suspects)
             known = dispatcher.table.columns.place
             dispatcher.prefixes.learn((id, digest) for id, digest in news.prefixes if id in known)
+        for name, dispatcher in self._dispatchers.items():
+            if self._is_failing(name) and not dispatcher.available_replicas:
+                dispatcher.refuse(self._unavailable(name), for_good=False)

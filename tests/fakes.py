@@ -12,7 +12,8 @@ from blaze.api.report import metrics_text, status_object
 from blaze.api.service import ModelCard, Readiness
 from blaze.control import Change
 from blaze.errors import ModelNotFound, ReplicaLost
-from blaze.health.supervisor import HealthSettings, Supervisor
+from blaze.health.settings import HealthSettings
+from blaze.health.supervisor import Supervisor
 from blaze.reports import Heartbeat, ReplicaCounters, RouterReport
 from blaze.routing.dispatcher import Dispatcher
 from blaze.routing.replica import ReplicaInfo

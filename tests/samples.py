@@ -75,10 +75,15 @@ def heartbeat(
     queued: int = 0,
     detail: str | None = None,
     diffusion: DiffusionStatus | None = None,
+    steps: int = 5,
+    cpu_s: float | None = None,
+    actor: str = "",
 ) -> Heartbeat:
     kind = EngineKind.LLM if diffusion is None else EngineKind.DIFFUSION
-    status = EngineStatus(kind, state, running, queued, 5, 0.5, detail, diffusion=diffusion)
-    return Heartbeat(replica_id, model, rank, "node-1", 4711, status, memory_bytes=1 << 20)
+    status = EngineStatus(
+        kind, state, running, queued, steps, 0.5, detail, diffusion=diffusion, compute_cpu_s=cpu_s
+    )
+    return Heartbeat(replica_id, model, rank, "node-1", 4711, status, memory_bytes=1 << 20, actor=actor)
 
 
 async def collect(batches: AsyncIterator[Events]) -> list[Event]:

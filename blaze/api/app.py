@@ -182,11 +182,13 @@ class _Handlers:
 
     async def ready(self, _http: HTTPRequest) -> Response:
         readiness = self._service.readiness()
-        body = {
+        body: dict[str, Any] = {
             "ready": readiness.ready,
             "missing": list(readiness.missing),
             "draining": readiness.draining,
         }
+        if readiness.reasons:
+            body["reasons"] = dict(readiness.reasons)
         return JSONResponse(body, status_code=200 if readiness.ready else 503)
 
     async def metrics(self, http: HTTPRequest) -> Response:

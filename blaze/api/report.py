@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import accumulate
 from typing import Any
@@ -12,8 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from blaze.api.service import ModelCard, Readiness
-from blaze.health.supervisor import ClusterView, ReplicaHealth
-from blaze.reports import TTFT_BUCKETS_S, ModelCounters, ReplicaCounters, ReplicaState
+from blaze.health.view import ClusterView, ReplicaHealth
+from blaze.reports import TTFT_BUCKETS_S, ModelCounters, ReplicaCounters, ReplicaEvent, ReplicaState
 from blaze.version import __version__
 
 
@@ -29,12 +29,21 @@ def status_object(
         "models": [_model_status(card, view, models.get(card.name)) for card in cards],
         "replicas": _replica_statuses(view),
         "client_address": "available" if addresses else "unavailable",
-        "events": [asdict(event) for model in models.values() for event in model.events],
+        "events": _events(models.values(), view.events),
         "routers": [report.router_id for report in view.reports],
     }
 
 
+def _events(models: Iterable[ModelCounters], events: Sequence[ReplicaEvent]) -> list[dict[str, Any]]:
+    """Of breakers and of replicas, oldest first."""
+    of_breakers = [{"about": "breaker", **asdict(event)} for model in models for event in model.events]
+    of_replicas = [{"about": "replica", **asdict(event)} for event in events]
+    return sorted(of_breakers + of_replicas, key=lambda event: -float(event["age_s"]))
+
+
 def _model_status(card: ModelCard, view: ClusterView, counters: ModelCounters | None) -> dict[str, Any]:
+    condition = next((found for found in view.conditions if found.model == card.name), None)
+    restarts = sum(count for model, _, count in view.restarts if model == card.name)
     states = [replica.state for replica in view.replicas if replica.heartbeat.model == card.name]
     return {
         "name": card.name,
@@ -42,6 +51,9 @@ def _model_status(card: ModelCard, view: ClusterView, counters: ModelCounters | 
         "strategy": counters.strategy if counters else None,
         "replicas": len(states),
         "ready": states.count(ReplicaState.READY),
+        "condition": condition.state if condition else None,
+        "reason": condition.detail if condition else "",
+        "restarts": restarts,
         "waiting": counters.waiting if counters else 0,
         "open": counters.open if counters else 0,
         "retries": counters.retries if counters else 0,
@@ -78,7 +90,7 @@ def _replica_statuses(view: ClusterView) -> list[dict[str, Any]]:
                 "memory_bytes": beat.memory_bytes,
                 "kv_cache": None if beat.engine.kv_cache is None else asdict(beat.engine.kv_cache),
                 "diffusion": None if beat.engine.diffusion is None else asdict(beat.engine.diffusion),
-                "detail": beat.engine.detail,
+                "detail": replica.reason or beat.engine.detail,
             }
         )
     return rows
@@ -167,7 +179,14 @@ class _ClusterCollector(Collector):
             labels = [replica.heartbeat.model, replica.heartbeat.replica_id]
             memory.add_metric(labels, replica.heartbeat.memory_bytes)
             up.add_metric(labels, replica.state is ReplicaState.READY)
-        yield from (in_flight, routed, failed, memory, up)
+        restarts = CounterMetricFamily(
+            "blaze_replica_restarts",
+            "Unhealthy replicas that the health actor has ended.",
+            labels=["model", "reason"],
+        )
+        for model, reason, count in self._view.restarts:
+            restarts.add_metric([model, reason], count)
+        yield from (in_flight, routed, failed, memory, up, restarts)
 
     def _kv_caches(self) -> Iterator[Metric]:
         labels = ["model", "replica"]

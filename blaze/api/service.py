@@ -22,10 +22,11 @@ class ModelCard:
 @dataclass(frozen=True, slots=True)
 class Readiness:
     """``missing``: models that have no ready replica and may not scale to zero. ``draining``: nothing new is
-    begun."""
+    begun. ``reasons``: (model, why it is missing), as far as that is known."""
 
     missing: tuple[str, ...]
     draining: bool = False
+    reasons: tuple[tuple[str, str], ...] = ()
 
     @property
     def ready(self) -> bool:

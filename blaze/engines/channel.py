@@ -78,6 +78,11 @@ class EventChannel:
         """The reader has left: whoever works for it can stop."""
         return self._drained
 
+    @property
+    def is_complete(self) -> bool:
+        """The terminal event is in it: whether somebody reads it is not the writer's affair."""
+        return self._closed_to_writer
+
     def put(self, *events: Event) -> None:
         """Add events; after a terminal event, further ones are dropped."""
         with self._lock:

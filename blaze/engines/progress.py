@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from blaze.clock import Clock
 from blaze.reports import EngineStatus
 from blaze.types import EngineKind
+
+
+class ThreadTimer:
+    """The processor time of one thread, readable from others. Made on that thread: its identifier must not be
+    used once it has ended, while the clock behind it only stops being there."""
+
+    def __init__(self) -> None:
+        self._clock_id: int | None = None
+        if sys.platform == "linux":
+            self._clock_id = time.pthread_getcpuclockid(threading.get_ident())
+
+    def cpu_s(self) -> float | None:
+        """None where threads have no clocks, and after the thread's end."""
+        if self._clock_id is None:
+            return None
+        try:
+            return time.clock_gettime(self._clock_id)
+        except OSError:
+            return None
 
 
 class StepCounter:
@@ -21,6 +42,11 @@ class StepCounter:
         self._running = 0
         self._steps = 0
         self._last_step_at: float | None = None
+        self._timer: ThreadTimer | None = None
+
+    def time_this_thread(self) -> None:
+        """Called by the compute thread: that it computes is a sign of progress in a long step."""
+        self._timer = ThreadTimer()
 
     @contextmanager
     def queued(self) -> Iterator[None]:
@@ -54,16 +80,19 @@ class StepCounter:
             self._steps += 1
             self._last_step_at = self._clock.now()
 
-    def status(self, kind: EngineKind, *, loaded: bool, failed: str | None) -> EngineStatus:
+    def status(self, kind: EngineKind, *, loaded: bool, failed: str | None, unread: int = 0) -> EngineStatus:
+        """``unread``: of those queued, answers that are complete and only wait for their readers."""
         with self._lock:
             last = self._last_step_at
-            running = min(self._running, self._accepted)
+            pending = self._accepted - unread
+            running = min(self._running, pending)
             return EngineStatus(
                 kind=kind,
                 state="failed" if failed else "loading" if not loaded else "busy" if running else "idle",
                 running=running,
-                queued=self._accepted - running,
+                queued=pending - running,
                 steps_done=self._steps,
                 last_step_age_s=None if last is None else self._clock.now() - last,
                 detail=failed,
+                compute_cpu_s=None if self._timer is None else self._timer.cpu_s(),
             )

@@ -6,8 +6,8 @@ import asyncio
 import queue
 import threading
 from abc import abstractmethod
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Generic, Protocol, TypeVar
 
 from blaze.clock import Clock, SystemClock
@@ -40,6 +40,7 @@ class ThreadedEngine(RunsOperations, Generic[JobT, LoadedT]):
         self._stopping = threading.Event()
         self._compute: threading.Thread | None = None
         self._loaded: LoadedT | None = None
+        self._jobs: set[JobT] = set()  # whose answers are not read to the end
 
     # --- What a kind of engine brings ----------------------------------------------------------------
 
@@ -77,6 +78,7 @@ class ThreadedEngine(RunsOperations, Generic[JobT, LoadedT]):
             self.kind,
             loaded=self._loaded is not None,
             failed=None if alive or self._loaded is None else "the compute thread has ended",
+            unread=sum(job.channel.is_complete for job in self._jobs),
         )
 
     async def run(self, request: Request) -> AsyncGenerator[Events]:
@@ -85,13 +87,21 @@ class ThreadedEngine(RunsOperations, Generic[JobT, LoadedT]):
         except BlazeError as error:
             yield (Failed(error.info),)
             return
-        with self._progress.queued():
+        with self._progress.queued(), self._registered(job):
             self._waiting.put(job)
             if self._stopping.is_set():  # since it was admitted: the thread may have looked for the last time
                 _refuse(job)
             async with aclosing(job.channel.read()) as batches:
                 async for events in batches:
                     yield events
+
+    @contextmanager
+    def _registered(self, job: JobT) -> Iterator[None]:
+        self._jobs.add(job)
+        try:
+            yield
+        finally:
+            self._jobs.discard(job)
 
     def _ready(self) -> LoadedT:
         """The model. Raises :class:`ReplicaStopping` when nobody serves it (any more)."""
@@ -101,6 +111,7 @@ class ThreadedEngine(RunsOperations, Generic[JobT, LoadedT]):
         return self._loaded
 
     def _serve(self, loaded: LoadedT) -> None:
+        self._progress.time_this_thread()
         try:
             self._work(loaded)
         finally:

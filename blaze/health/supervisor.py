@@ -1,100 +1,70 @@
-"""Heartbeats and reports in, one picture of the cluster out."""
+"""Heartbeats and reports in, one picture of the cluster out, and what is to be done about it."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from blaze.clock import Clock
 from blaze.control import Change, Control
+from blaze.health.conditions import DeploymentFacts, condition_of
+from blaze.health.crash_loops import CrashLoops
+from blaze.health.journal import Journal
+from blaze.health.restarts import Kill, Restarts, slot_of
+from blaze.health.settings import HealthSettings
+from blaze.health.view import ClusterView, ReplicaHealth
+from blaze.health.vitals import Vitals
 from blaze.reports import (
     Heartbeat,
-    ModelCounters,
+    ModelCondition,
     News,
     PeerLoad,
-    ReplicaCounters,
     ReplicaState,
     RouterReport,
 )
 from blaze.types import ReplicaId
 
-GOOD_HEARTBEATS = 2  # in a row, and who was silent is well again
 SETTINGS_KEPT_S = 600.0  # of a replica that nobody sees: it may only be cut off, and come back
-
-
-@dataclass(frozen=True, slots=True)
-class HealthSettings:
-    probe_period_s: float = 1.0
-    missed_probes: int = 3  # in a row: suspect
-    stall_after_s: float = 30.0  # silent for this long: taken to be gone
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaHealth:
-    heartbeat: Heartbeat
-    state: ReplicaState
-    silent_for_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterView:
-    """Everything known at one moment, of all replicas and all Routers."""
-
-    replicas: tuple[ReplicaHealth, ...]
-    reports: tuple[RouterReport, ...]
-
-    @property
-    def is_draining(self) -> bool:
-        """No Router begins anything new."""
-        return bool(self.reports) and all(r.control.draining_all is not None for r in self.reports)
-
-    def counters(self) -> dict[ReplicaId, ReplicaCounters]:
-        """Per replica, summed over the Routers."""
-        grouped: dict[ReplicaId, list[ReplicaCounters]] = defaultdict(list)
-        for report in self.reports:
-            for replica in report.replicas:
-                grouped[replica.replica_id].append(replica)
-        return {replica_id: _sum_replica(parts) for replica_id, parts in grouped.items()}
-
-    def models(self) -> dict[str, ModelCounters]:
-        """Per model, summed over the Routers."""
-        grouped: dict[str, list[ModelCounters]] = defaultdict(list)
-        for report in self.reports:
-            for model in report.models:
-                grouped[model.model].append(model)
-        return {name: _sum_model(parts) for name, parts in grouped.items()}
+_LATE_S = 5.0  # a heartbeat may come so long after its replica has ended
+_UNWELL = (ReplicaState.SUSPECT, ReplicaState.RESTARTING, ReplicaState.DEAD)  # nobody is sent there
 
 
 class Supervisor:
-    """Collects heartbeats of replicas and reports of Routers; who falls silent is suspect, then gone."""
+    """Collects heartbeats of replicas and reports of Routers. Who falls silent is suspect; who stays silent,
+    or does not get on with its work, is restarted; who has ended is forgotten."""
 
     def __init__(self, settings: HealthSettings, clock: Clock) -> None:
         self._settings = settings
         self._clock = clock
-        self._heartbeats: dict[ReplicaId, tuple[float, Heartbeat]] = {}
+        self._journal = Journal(clock)
+        self._restarts = Restarts(settings, clock, self._journal)
+        self._crash_loops = CrashLoops(settings, clock)
+        self._vitals: dict[ReplicaId, Vitals] = {}
+        self._shown: dict[ReplicaId, ReplicaState] = {}
+        self._ended: dict[ReplicaId, float] = {}  # and when that was found
         self._reports: dict[str, tuple[float, RouterReport]] = {}
-        self._good_again: dict[ReplicaId, int] = {}  # heartbeats in a row of those that were silent
         self._control = Control()
         self._unseen_since: dict[ReplicaId, float] = {}  # replicas that operators have settings for
+        self._facts: Mapping[str, DeploymentFacts] = {}  # by model
+        self._conditions: dict[str, ModelCondition] = {}
+        self._heard_at = self._decided_at = clock.now()
+
+    # --- What comes in -------------------------------------------------------------------------------
 
     def heartbeat(self, heartbeat: Heartbeat) -> None:
         replica_id, now = heartbeat.replica_id, self._clock.now()
-        before = self._heartbeats.get(replica_id)
-        self._heartbeats[replica_id] = (now, heartbeat)
-        if before is not None and self._is_silent(now - before[0]):
-            self._good_again[replica_id] = 1
-        elif replica_id in self._good_again:
-            self._good_again[replica_id] += 1
-            if self._good_again[replica_id] >= GOOD_HEARTBEATS:
-                del self._good_again[replica_id]
-
-    def _is_silent(self, seconds: float) -> bool:
-        return seconds > self._settings.missed_probes * self._settings.probe_period_s
+        self._heard_at = now
+        if replica_id in self._ended:
+            if now - self._ended[replica_id] < _LATE_S:
+                return  # its last one was still on the way
+            del self._ended[replica_id]  # whoever said so was wrong
+        if replica_id in self._vitals:
+            self._vitals[replica_id].hear(heartbeat, now)
+        else:
+            self._vitals[replica_id] = Vitals(heartbeat, now, self._settings)
 
     def report(self, report: RouterReport) -> News:
         """Take a Router's account, and tell it what it should know."""
-        now = self._clock.now()
+        now = self._heard_at = self._clock.now()
         self._reports[report.router_id] = (now, report)
         if report.control.version > self._control.version:  # from before this actor came back
             self._control = report.control
@@ -104,10 +74,11 @@ class Supervisor:
             self._loads_beside(report.router_id),
             self._suspects(now),
             tuple(
-                (id, beat.engine.prefixes)
-                for id, (_, beat) in self._heartbeats.items()
-                if beat.engine.prefixes
+                (id, vitals.heartbeat.engine.prefixes)
+                for id, vitals in self._vitals.items()
+                if vitals.heartbeat.engine.prefixes
             ),
+            self._conditions_now(now),
         )
 
     def change(self, change: Change, known: Control) -> Control:
@@ -118,7 +89,7 @@ class Supervisor:
 
     def _loads_beside(self, router_id: str) -> tuple[tuple[ReplicaId, PeerLoad], ...]:
         loads: dict[ReplicaId, PeerLoad] = {}
-        limit = self._clock.now() - self._settings.missed_probes * self._settings.probe_period_s
+        limit = self._clock.now() - self._settings.suspect_after_s
         for other, (at, report) in self._reports.items():
             if other != router_id and at >= limit:
                 for replica in report.replicas:
@@ -129,52 +100,163 @@ class Supervisor:
         return tuple(loads.items())
 
     def _suspects(self, now: float) -> tuple[ReplicaId, ...]:
-        unwell = (ReplicaState.SUSPECT, ReplicaState.DEAD)
-        return tuple(
-            replica_id
-            for replica_id, (at, beat) in self._heartbeats.items()
-            if self._health(at, beat, now).state in unwell
-        )
+        """Also those that have ended, for as long as Routers may pick them."""
+        unwell = (id for id, vitals in self._vitals.items() if self._health(vitals, now).state in _UNWELL)
+        return (*unwell, *self._ended)
 
     def goodbye(self, replica_id: ReplicaId) -> None:
         """The replica is stopping in good order."""
-        self._heartbeats.pop(replica_id, None)
-        self._good_again.pop(replica_id, None)
+        self._forget(replica_id)
+
+    def load_in_s(self, model: str, rank: int) -> float:
+        """How long a replica should wait before it loads: those before it may have died of it."""
+        return self._crash_loops.wait_s((model, rank))
+
+    def not_loaded(self, replica_id: ReplicaId, model: str, rank: int, why: str) -> None:
+        """It could not load, and is about to end."""
+        self._journal.note(model, replica_id, ReplicaState.STARTING, "gone", f"it could not load: {why}")
+        self._crash_loops.died((model, rank), why, at_work=False)
+        self._forget(replica_id)
+
+    def learn(self, facts: Mapping[str, DeploymentFacts]) -> None:
+        """What is said of the models' deployments, by model."""
+        self._facts = facts
+
+    # --- What is done about it -----------------------------------------------------------------------
+
+    def decide(self) -> tuple[Kill, ...]:
+        """Called once a period: the replicas that are to be ended now."""
+        now = self._clock.now()
+        self._excuse_own_absence(now)
+        # When nothing at all is heard, neither of replicas nor of Routers, it is this actor that is cut off.
+        cut_off = now - self._heard_at > self._settings.suspect_after_s
+        kills = () if cut_off else self._restarts.decide(self._vitals)
+        self._crash_loops.look(self._vitals, now)
+        for replica_id, vitals in self._vitals.items():
+            health = self._health(vitals, now)
+            before = self._shown.get(replica_id)
+            if before is not None and before is not health.state:
+                self._journal.note(
+                    vitals.heartbeat.model, replica_id, before, health.state, health.reason or "heartbeats"
+                )
+            self._shown[replica_id] = health.state
+        self._conditions_now(now)
+        return kills
+
+    def to_ask_after(self) -> tuple[Heartbeat, ...]:
+        """The last heartbeats of replicas that may have ended: whoever knows says so by :meth:`ended`."""
+        now = self._clock.now()
+        return tuple(
+            vitals.heartbeat
+            for vitals in self._vitals.values()
+            if vitals.heartbeat.actor
+            and (vitals.is_silent(now) or self._health(vitals, now).state is ReplicaState.RESTARTING)
+        )
+
+    def ended(self, replica_id: ReplicaId) -> None:
+        """Its process is gone."""
+        vitals = self._vitals.get(replica_id)
+        if vitals is not None:
+            beat, before = vitals.heartbeat, self._health(vitals, self._clock.now()).state
+            self._journal.note(beat.model, replica_id, before, "gone", "its process has ended")
+            if before is not ReplicaState.RESTARTING:
+                at_work = beat.engine.work_pending > 0 or self._in_flight_on(replica_id) > 0
+                self._crash_loops.died(slot_of(beat), "the process has ended by itself", at_work=at_work)
+            self._ended[replica_id] = self._clock.now()
+            self._forget(replica_id)
+
+    def not_ended(self, replica_id: ReplicaId, why: str) -> None:
+        """What :meth:`decide` wanted could not be done."""
+        vitals = self._vitals.get(replica_id)
+        if vitals is not None:
+            self._restarts.not_ended(replica_id)
+            state = self._health(vitals, self._clock.now()).state
+            reason = f"could not be ended: {why}"
+            self._journal.note(vitals.heartbeat.model, replica_id, ReplicaState.RESTARTING, state, reason)
+            self._shown[replica_id] = state
+
+    def _excuse_own_absence(self, now: float) -> None:
+        """This actor may itself have stood still, and then everybody seems to have been silent."""
+        since, self._decided_at = now - self._decided_at, now
+        if since > self._settings.suspect_after_s:
+            for vitals in self._vitals.values():
+                vitals.excuse(since, now)
+
+    def _forget(self, replica_id: ReplicaId) -> None:
+        self._vitals.pop(replica_id, None)
+        self._shown.pop(replica_id, None)
+        self._restarts.gone(replica_id)
+
+    # --- What is shown -------------------------------------------------------------------------------
 
     def view(self) -> ClusterView:
         now = self._clock.now()
         self._forget_the_gone(now)
-        replicas = [self._health(at, beat, now) for at, beat in self._heartbeats.values()]
+        replicas = [self._health(vitals, now) for vitals in self._vitals.values()]
         replicas.sort(key=lambda replica: (replica.heartbeat.model, replica.heartbeat.rank))
         return ClusterView(
             replicas=tuple(replicas),
             reports=tuple(
                 report for _, report in sorted(self._reports.values(), key=lambda r: r[1].router_id)
             ),
+            events=self._journal.events(),
+            restarts=self._journal.restarts(),
+            conditions=self._conditions_now(now),
         )
 
-    def _health(self, at: float, heartbeat: Heartbeat, now: float) -> ReplicaHealth:
-        silent_for_s = now - at
-        if self._is_silent(silent_for_s) or heartbeat.replica_id in self._good_again:
-            state = ReplicaState.SUSPECT
-        elif heartbeat.engine.state == "loading":
-            state = ReplicaState.STARTING
-        elif heartbeat.engine.state == "failed":
-            state = ReplicaState.DEAD
-        else:
-            state = ReplicaState.READY
-        return ReplicaHealth(heartbeat, state, silent_for_s)
+    def _health(self, vitals: Vitals, now: float) -> ReplicaHealth:
+        verdict = self._restarts.verdict(vitals.heartbeat.replica_id)
+        silent_s = now - vitals.heard_at
+        if verdict is not None:
+            return ReplicaHealth(vitals.heartbeat, verdict.state, silent_s, verdict.reason)
+        state, reason = vitals.state(now), ""
+        wait_s = self._crash_loops.wait_s(slot_of(vitals.heartbeat))
+        if vitals.is_silent(now):
+            reason = f"no heartbeat for {silent_s:.1f} s"
+        elif state is ReplicaState.STARTING and wait_s > 0:
+            reason = f"waits for {wait_s:.0f} s before it loads, for the ones before it have died"
+        return ReplicaHealth(vitals.heartbeat, state, silent_s, reason)
+
+    def _conditions_now(self, now: float) -> tuple[ModelCondition, ...]:
+        """Of the models that are known. A new one that fails is an event."""
+        found = [self._health(vitals, now) for vitals in self._vitals.values()]
+        conditions: dict[str, ModelCondition] = {}
+        for model in sorted(self._facts.keys() | {health.heartbeat.model for health in found}):
+            ours = [health for health in found if health.heartbeat.model == model]
+            given_up = [h.reason for h in ours if h.state is ReplicaState.DEAD and h.reason]
+            condition = condition_of(
+                model,
+                (h.state for h in ours),
+                self._facts.get(model),
+                given_up=given_up,
+                crash_loops=self._crash_loops.failing(model),
+            )
+            before, after = self._conditions.get(model, condition).state, condition.state
+            if before != after and "failing" in (before, after):
+                self._journal.note(model, "", before, after, condition.detail or "replicas are there")
+            conditions[model] = condition
+        self._conditions = conditions
+        return tuple(conditions.values())
+
+    # --- What is forgotten ---------------------------------------------------------------------------
 
     def _forget_the_gone(self, now: float) -> None:
-        limit = self._settings.stall_after_s
-        routed_to = self._routed_to()
-        for replica_id in [key for key, (at, _) in self._heartbeats.items() if now - at > limit]:
-            if replica_id not in routed_to:  # who is silent is suspect for as long as Routers may pick it
-                del self._heartbeats[replica_id]
-                self._good_again.pop(replica_id, None)
+        limit, routed_to = self._settings.stall_after_s, self._routed_to()
+        # Who can be ended is, before that. Who is silent is suspect for as long as Routers may pick it.
+        silent = [id for id, vitals in self._vitals.items() if now - vitals.heard_at > 2 * limit]
+        for replica_id in silent:
+            if replica_id not in routed_to:
+                self._forget(replica_id)
+        for replica_id in [id for id, at in self._ended.items() if now - at > limit]:
+            if replica_id not in routed_to:
+                del self._ended[replica_id]
         for router_id in [key for key, (at, _) in self._reports.items() if now - at > limit]:
             del self._reports[router_id]
         self._forget_settings(now)
+
+    def _in_flight_on(self, replica_id: ReplicaId) -> int:
+        reports = (report for _, report in self._reports.values())
+        return sum(r.in_flight for report in reports for r in report.replicas if r.replica_id == replica_id)
 
     def _routed_to(self) -> set[ReplicaId]:
         return {replica.replica_id for _, report in self._reports.values() for replica in report.replicas}
@@ -182,7 +264,7 @@ class Supervisor:
     def _forget_settings(self, now: float) -> None:
         """Of replicas that have neither sent a heartbeat nor been in a Router's live set for long. The time
         begins when that is first noticed: this actor may have been away, too."""
-        seen = self._heartbeats.keys() | self._routed_to()
+        seen = self._vitals.keys() | self._routed_to()
         self._unseen_since = {
             replica_id: self._unseen_since.get(replica_id, now)
             for replica_id in self._control.replica_ids - seen
@@ -190,51 +272,3 @@ class Supervisor:
         gone = [id for id, since in self._unseen_since.items() if now - since > SETTINGS_KEPT_S]
         if gone:
             self._control = self._control.without(gone)
-
-
-_HOW_OPEN = ("closed", "half_open", "open")  # each Router has breakers of its own: the worst one is shown
-
-
-def _sum_replica(parts: list[ReplicaCounters]) -> ReplicaCounters:
-    first = parts[0]
-    return ReplicaCounters(
-        replica_id=first.replica_id,
-        model=first.model,
-        in_flight=sum(part.in_flight for part in parts),
-        weight=first.weight,
-        requests=sum(part.requests for part in parts),
-        failures=sum(part.failures for part in parts),
-        cost=sum(part.cost for part in parts),
-        ewma_ms=max((part.ewma_ms for part in parts if part.ewma_ms is not None), default=None),
-        breaker=max((part.breaker for part in parts), key=_HOW_OPEN.index),
-        draining=all(part.draining for part in parts),  # none of them sends it requests any more
-    )
-
-
-def _sum_model(parts: list[ModelCounters]) -> ModelCounters:
-    first = parts[0]
-    return ModelCounters(
-        model=first.model,
-        strategy=" / ".join(dict.fromkeys(part.strategy for part in parts)),  # while a change spreads
-        waiting=sum(part.waiting for part in parts),
-        outcomes=_sum_outcomes(part.outcomes for part in parts),
-        prompt_tokens=sum(part.prompt_tokens for part in parts),
-        completion_tokens=sum(part.completion_tokens for part in parts),
-        images=sum(part.images for part in parts),
-        ttft_buckets=tuple(map(sum, zip(*(part.ttft_buckets for part in parts), strict=True))),
-        ttft_sum_s=sum(part.ttft_sum_s for part in parts),
-        retries=sum(part.retries for part in parts),
-        resumed=sum(part.resumed for part in parts),
-        open=sum(part.open for part in parts),
-        panic=any(part.panic for part in parts),
-        transitions=_sum_outcomes(part.transitions for part in parts),
-        events=tuple(event for part in parts for event in part.events),
-    )
-
-
-def _sum_outcomes(parts: Iterable[tuple[tuple[str, int], ...]]) -> tuple[tuple[str, int], ...]:
-    totals: dict[str, int] = defaultdict(int)
-    for outcomes in parts:
-        for name, count in outcomes:
-            totals[name] += count
-    return tuple(sorted(totals.items()))

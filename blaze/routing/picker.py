@@ -62,7 +62,8 @@ class Picker:
 
     def refuse(self, error: BlazeError, *, for_good: bool) -> None:
         """Whoever waits gets the error; ``for_good``: whoever comes, too."""
-        self._over = error if for_good else None
+        if for_good:
+            self._over = error
         self._room.fail(error)
 
     def reopen(self) -> None:

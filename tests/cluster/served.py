@@ -33,7 +33,9 @@ class Served:
         return sum(replica["running"] + replica["queued"] for replica in self.status()["replicas"])
 
 
-def serve_config(port: int, models: list[dict[str, Any]], **router: Any) -> dict[str, Any]:
+def serve_config(
+    port: int, models: list[dict[str, Any]], *, health: dict[str, Any] | None = None, **router: Any
+) -> dict[str, Any]:
     return {
         "http_options": {"host": "127.0.0.1", "port": port},
         "applications": [
@@ -41,7 +43,7 @@ def serve_config(port: int, models: list[dict[str, Any]], **router: Any) -> dict
                 "name": "blaze",
                 "route_prefix": "/",
                 "import_path": "deployments.app:build_app",
-                "args": {"router": router, "models": models},
+                "args": {"router": router, "models": models, "health": health or {}},
             }
         ],
     }
@@ -58,13 +60,24 @@ def simulator(name: str = "sim", *, replicas: int = 2, **options: Any) -> dict[s
 
 
 @contextmanager
-def served(models: list[dict[str, Any]], *, fast: bool = True, **router: Any) -> Iterator[Served]:
+def served(
+    models: list[dict[str, Any]],
+    *,
+    fast: bool = True,
+    ready: bool = True,
+    health: dict[str, Any] | None = None,
+    **router: Any,
+) -> Iterator[Served]:
+    """``ready``: wait until all models are; otherwise until a Router answers."""
     port = free_port()
-    config = serve_config(port, models, **router)
+    config = serve_config(port, models, health=health, **router)
     with LocalCluster(num_cpus=4, fast=fast) as cluster:
         cluster.deploy(config)
         url = f"http://127.0.0.1:{port}"
-        wait_until_ready(cluster, url)
+        if ready:
+            wait_until_ready(cluster, url)
+        else:
+            eventually(lambda: answers(f"{url}/health"), within_s=120, every_s=0.25)
         yield Served(cluster, url, config)
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from blaze.api.report import status_object
 from blaze.api.service import ModelCard, Readiness
 from blaze.cli import app, base_url
-from blaze.health.supervisor import ClusterView, ReplicaHealth
+from blaze.health.view import ClusterView, ReplicaHealth
 from blaze.records import ClusterRecord, remove_record, write_record
 from blaze.reports import (
     TTFT_BUCKETS_S,

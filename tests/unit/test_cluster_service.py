@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import pytest
@@ -21,10 +22,18 @@ from blaze.control import (
     SetStrategy,
     SetWeight,
 )
-from blaze.errors import BlazeError, Draining, InvalidRequest, ModelNotFound, NotFound, Overloaded
-from blaze.health.supervisor import ClusterView
+from blaze.errors import (
+    BlazeError,
+    Draining,
+    InvalidRequest,
+    ModelNotFound,
+    ModelUnavailable,
+    NotFound,
+    Overloaded,
+)
+from blaze.health.view import ClusterView
 from blaze.prompt_chain import packed, prompt_chain
-from blaze.reports import ModelCounters, News, PeerLoad, ReplicaCounters, RouterReport
+from blaze.reports import ModelCondition, ModelCounters, News, PeerLoad, ReplicaCounters, RouterReport
 from blaze.routing.dispatcher import Dispatcher
 from blaze.routing.replica import ReplicaInfo
 from blaze.types import ReplicaId, Request, TextPrompt
@@ -381,3 +390,56 @@ async def test_news_tells_which_prefixes_replicas_hold(bench: Bench) -> None:
     holders = bench.dispatcher("m").prefixes._holders
     assert {id for ids in holders.values() for id in ids} == {"b"}  # and of nobody else's there is no trace
     assert bench.dispatcher("n").prefixes._holders == {}
+
+
+# --- Models that cannot be started -------------------------------------------------------------------
+
+
+FAILING = ModelCondition("n", "failing", "replicas could not be started (OSError)", "OSError: /srv/secret")
+
+
+def lose_all(model: str) -> None:
+    pinned_state.live_sets.publish(f"app#{model}", ())
+
+
+async def test_requests_for_a_model_that_cannot_be_started_are_refused_at_once_and_say_why(
+    bench: Bench,
+) -> None:
+    lose_all("n")
+    await bench.hears(News(NO_CHANGES, (), (), conditions=(FAILING,)))
+    with pytest.raises(ModelUnavailable) as refused:
+        await bench.service.open(replace(text_request(), model="n"))
+    assert refused.value.http_status == 503
+    assert "replicas could not be started (OSError)" in refused.value.message
+    assert "secret" not in refused.value.message
+    assert refused.value.retry_after_s is not None
+    readiness = bench.service.readiness()
+    assert (readiness.missing, readiness.reasons) == (("n",), (("n", FAILING.reason),))
+    assert await bench.ask(3)  # the other model serves
+
+
+async def test_those_that_wait_for_it_are_not_left_waiting(bench: Bench) -> None:
+    lose_all("n")
+    waiting = asyncio.create_task(bench.service.open(replace(text_request(), model="n")))
+    await until(lambda: bench.dispatcher("n").counters()[0].waiting == 1)
+    await bench.hears(News(NO_CHANGES, (), (), conditions=(FAILING,)))
+    with pytest.raises(ModelUnavailable):
+        await waiting
+
+
+async def test_a_model_that_loads_is_waited_for_and_ready_says_so(bench: Bench) -> None:
+    lose_all("n")
+    await bench.hears(News(NO_CHANGES, (), (), conditions=(ModelCondition("n", "loading"),)))
+    assert bench.service.readiness().reasons == (("n", "loading"),)
+    waiting = asyncio.create_task(bench.service.open(replace(text_request(), model="n")))
+    await until(lambda: bench.dispatcher("n").counters()[0].waiting == 1)
+    pinned_state.live_sets.publish("app#n", (ReplicaInfo("x"),))
+    async with await waiting as stream:
+        assert await collect(stream)
+
+
+async def test_a_replica_that_is_there_serves_whatever_is_said_of_its_model(bench: Bench) -> None:
+    await bench.hears(News(NO_CHANGES, (), (), conditions=(FAILING,)))
+    async with await bench.service.open(replace(text_request(), model="n")) as stream:
+        assert await collect(stream)
+    assert bench.service.readiness().ready

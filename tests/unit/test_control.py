@@ -19,7 +19,8 @@ from blaze.control import (
     SetWeight,
 )
 from blaze.errors import InvalidRequest
-from blaze.health.supervisor import HealthSettings, Supervisor
+from blaze.health.settings import HealthSettings
+from blaze.health.supervisor import Supervisor
 from blaze.reports import EngineStatus, Heartbeat, PeerLoad, ReplicaCounters, RouterReport
 from blaze.types import EngineKind
 from tests.fakes import FakeClock

@@ -1,18 +1,32 @@
 from __future__ import annotations
 
+import dataclasses
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from blaze.api.report import metrics_text, status_object
 from blaze.api.service import ModelCard, Readiness
 from blaze.errors import EngineFailure
-from blaze.health.supervisor import ClusterView
-from blaze.reports import TTFT_BUCKETS_S, DiffusionStatus, RouterReport
+from blaze.health.view import ClusterView, ReplicaHealth
+from blaze.reports import (
+    TTFT_BUCKETS_S,
+    BreakerEvent,
+    DiffusionStatus,
+    ModelCondition,
+    ModelCounters,
+    ReplicaEvent,
+    ReplicaState,
+    RouterReport,
+)
 from blaze.types import EngineKind
 from blaze.version import __version__
 from tests.fakes import FakePool, FakeService, Script
 from tests.samples import collect, heartbeat, image_answer, image_request, text_request
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+CARDS = [ModelCard("m", EngineKind.LLM, 0)]
+MODEL = ModelCounters("m", "round_robin", 0, (), 0, 0, 0, (0,) * len(TTFT_BUCKETS_S), 0.0)
 
 
 def samples(text: bytes) -> Samples:
@@ -106,6 +120,9 @@ async def test_status_tells_models_and_replicas() -> None:
         "strategy": "round_robin",
         "replicas": 1,
         "ready": 1,
+        "condition": "ready",
+        "reason": "",
+        "restarts": 0,
         "waiting": 0,
         "open": 0,
         "retries": 1,
@@ -143,7 +160,7 @@ async def test_status_tells_how_long_ago_breakers_changed() -> None:
     service.clock.advance(0.5)
     service.dispatchers["m"].table.breakers.act("a", "close")
     service.clock.advance(2.0)
-    about = {"model": "m", "replica_id": "a"}
+    about = {"about": "breaker", "model": "m", "replica_id": "a"}
     opened = {"before": "closed", "after": "open", "reason": "5 failures in a row", "age_s": 2.5}
     closed = {"before": "open", "after": "closed", "reason": "closed by hand", "age_s": 2.0}
     assert (await service.status())["events"] == [about | opened, about | closed]
@@ -155,3 +172,38 @@ def test_a_model_that_nobody_has_reported_yet_is_listed_empty() -> None:
     assert body["ready"] is False
     assert body["models"][0]["strategy"] is None
     assert (body["models"][0]["replicas"], body["models"][0]["requests"]) == (0, {})
+
+
+async def test_events_of_breakers_and_replicas_are_told_together_oldest_first() -> None:
+    breaker = BreakerEvent("m", "a", "closed", "open", "5 failures in a row", age_s=2.0)
+    events = (
+        ReplicaEvent("m", "b", "ready", "suspect", "no heartbeat for 4.0 s", age_s=3.0),
+        ReplicaEvent("m", "b", "suspect", "restarting", "no heartbeat for 31.0 s", age_s=1.0),
+    )
+    reports = RouterReport("r1", (dataclasses.replace(MODEL, events=(breaker,)),), ())
+    body = status_object(CARDS, ClusterView((), (reports,), events=events), Readiness(()))
+    assert [(event["about"], event["after"], event["age_s"]) for event in body["events"]] == [
+        ("replica", "suspect", 3.0),
+        ("breaker", "open", 2.0),
+        ("replica", "restarting", 1.0),
+    ]
+
+
+async def test_restarts_are_counted_by_model_and_reason() -> None:
+    view = ClusterView((), (), restarts=(("m", "silent", 2), ("m", "stalled", 1)))
+    found = samples(metrics_text(view))
+    labels = [(("model", "m"), ("reason", reason)) for reason in ("silent", "stalled")]
+    assert [found["blaze_replica_restarts_total", label] for label in labels] == [2, 1]
+    assert status_object(CARDS, view, Readiness(()))["models"][0]["restarts"] == 3
+
+
+async def test_a_models_condition_is_told_with_what_operators_may_know() -> None:
+    condition = ModelCondition("m", "failing", "it could not be started", "no such folder: /x")
+    body = status_object(CARDS, ClusterView((), (), conditions=(condition,)), Readiness(("m",)))
+    assert (body["models"][0]["condition"], body["models"][0]["reason"]) == ("failing", "no such folder: /x")
+
+
+def test_a_replica_says_why_it_is_not_as_it_should_be() -> None:
+    health = ReplicaHealth(heartbeat("a"), ReplicaState.SUSPECT, 4.0, "no heartbeat for 4.0 s")
+    row = status_object(CARDS, ClusterView((health,), ()), Readiness(()))["replicas"][0]
+    assert (row["state"], row["detail"]) == ("suspect", "no heartbeat for 4.0 s")

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import sys
+import threading
+
 import pytest
 
 from blaze.engines.progress import StepCounter
 from blaze.reports import EngineStatus
 from blaze.types import EngineKind
 from tests.fakes import FakeClock
+from tests.waiting import eventually
 
 
 def status(counter: StepCounter, *, loaded: bool = True, failed: str | None = None) -> EngineStatus:
@@ -68,3 +72,36 @@ def test_loading_and_failed_are_told_apart() -> None:
     assert status(counter, loaded=False).state == "loading"
     broken = status(counter, failed="the compute thread has ended")
     assert (broken.state, broken.detail) == ("failed", "the compute thread has ended")
+
+
+def test_answers_that_only_wait_for_their_readers_are_no_pending_work() -> None:
+    """Or a client that does not read would make its replica look stalled."""
+    counter = StepCounter(FakeClock())
+    with counter.queued(), counter.queued(), counter.running(1):
+        found = counter.status(EngineKind.LLM, loaded=True, failed=None, unread=1)
+        assert (found.running, found.queued) == (1, 0)
+        found = counter.status(EngineKind.LLM, loaded=True, failed=None, unread=2)
+        assert (found.state, found.work_pending) == ("idle", 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no clocks of their own there")
+def test_the_processor_time_of_the_compute_thread_is_told_until_it_ends() -> None:
+    counter, goes_on = StepCounter(FakeClock()), threading.Event()
+    computed, over = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        counter.time_this_thread()
+        while not computed.is_set():
+            sum(range(1000))
+        over.set()
+        goes_on.wait(10)
+
+    assert status(counter).compute_cpu_s is None
+    thread = threading.Thread(target=compute)
+    thread.start()
+    eventually(lambda: (status(counter).compute_cpu_s or 0.0) > 0.02)
+    computed.set()
+    over.wait(10)
+    goes_on.set()
+    thread.join()
+    eventually(lambda: status(counter).compute_cpu_s is None)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 
 from blaze.control import NO_CHANGES, ActOnBreaker, Control, SetDraining, SetStrategy, SetWeight
-from blaze.health.supervisor import SETTINGS_KEPT_S, HealthSettings, ReplicaHealth, Supervisor
+from blaze.health.settings import HealthSettings
+from blaze.health.supervisor import SETTINGS_KEPT_S, Supervisor
+from blaze.health.view import ReplicaHealth
 from blaze.reports import TTFT_BUCKETS_S, ModelCounters, ReplicaCounters, ReplicaState, RouterReport
 from tests.fakes import FakeClock
 from tests.samples import heartbeat
@@ -87,7 +89,7 @@ def test_silence_is_measured_from_the_last_heartbeat() -> None:
 def test_a_replica_that_stays_silent_is_forgotten() -> None:
     watch = Watch()
     watch.supervisor.heartbeat(heartbeat())
-    watch.clock.advance(30.0)
+    watch.clock.advance(60.0)
     assert watch.state() is ReplicaState.SUSPECT
     watch.clock.advance(0.01)
     assert watch.state() is None
@@ -211,7 +213,7 @@ def test_a_replica_that_falls_silent_is_dead_before_its_settings_begin_to_age() 
     watch = Watch()
     watch.supervisor.heartbeat(heartbeat("a"))
     control = decided(watch, "a")
-    watch.clock.advance(SETTINGS.stall_after_s + 0.01)
+    watch.clock.advance(2 * SETTINGS.stall_after_s + 0.01)
     assert followed(watch) == control
     watch.clock.advance(SETTINGS_KEPT_S)
     assert followed(watch) == control
