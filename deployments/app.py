@@ -28,6 +28,7 @@ _REPLICA_CLASSES: Mapping[EngineKind, type[EngineReplica]] = {
     EngineKind.SIMULATOR: SimulatorReplica,
 }
 _MANY = 10_000  # Serve's limit on calls at once, where Blaze has an admission of its own
+_LOOK_EVERY_S = 2.0  # how soon Serve finds that a Router or the health actor has died; its own is 10 s
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -44,6 +45,7 @@ def build_app(args: dict[str, Any]) -> Application:
         name="Health",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MANY,
+        health_check_period_s=_LOOK_EVERY_S,
         logging_config={"enable_access_log": False},  # every heartbeat is a call
     ).bind(config.health)
     engines = {
@@ -56,6 +58,7 @@ def build_app(args: dict[str, Any]) -> Application:
         num_replicas=config.router.replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MANY,
+        health_check_period_s=_LOOK_EVERY_S,
         logging_config={"enable_access_log": config.router.access_log},
     )
     return router.bind(config, engines, health)
