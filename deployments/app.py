@@ -29,6 +29,7 @@ _REPLICA_CLASSES: Mapping[EngineKind, type[EngineReplica]] = {
 }
 _MANY = 10_000  # Serve's limit on calls at once, where Blaze has an admission of its own
 _LOOK_EVERY_S = 2.0  # how soon Serve finds that a Router or the health actor has died; its own is 10 s
+_FROZEN_S = 10.0  # without an answer, three times in a row: it is replaced; Serve's own is 30 s
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -46,6 +47,7 @@ def build_app(args: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MANY,
         health_check_period_s=_LOOK_EVERY_S,
+        health_check_timeout_s=_FROZEN_S,
         logging_config={"enable_access_log": False},  # every heartbeat is a call
     ).bind(config.health)
     engines = {
@@ -59,6 +61,7 @@ def build_app(args: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MANY,
         health_check_period_s=_LOOK_EVERY_S,
+        health_check_timeout_s=_FROZEN_S,
         logging_config={"enable_access_log": config.router.access_log},
     )
     return router.bind(config, engines, health)
