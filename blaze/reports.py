@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -173,6 +173,14 @@ class RouterReport:
     models: tuple[ModelCounters, ...]
     replicas: tuple[ReplicaCounters, ...]
     control: Control = NO_CHANGES  # what it follows
+
+    def without_load(self) -> RouterReport:
+        """What it has counted, when nothing waits or runs for it any more."""
+        return replace(
+            self,
+            models=tuple(replace(model, waiting=0, open=0) for model in self.models),
+            replicas=tuple(replace(replica, in_flight=0, cost=0.0) for replica in self.replicas),
+        )
 
 
 @dataclass(frozen=True)

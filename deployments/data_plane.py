@@ -39,6 +39,16 @@ def fast_data_plane() -> dict[str, str]:
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         # Ray asks a process to end itself before it kills it; one that hangs never will. Its own: 5 s.
         "RAY_kill_worker_timeout_milliseconds": "500",
+        # After three failures Serve replaces an HAProxy that has died, and until then nobody listens: Serve's
+        # own period is 10 s.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        # HAProxy gives a request to another Router when it could not be sent, and when the Router dies before
+        # the first byte of an answer: nobody has seen anything of it, and who counted it died too.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        # Of a request that can be sent twice, with its headers; Serve's own is 16384.
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
+        # A Router that has frozen is avoided after two checks in a row; Serve's own is 5s.
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
     }
 
 
@@ -72,7 +82,9 @@ _WRAPPER = Path(__file__).with_name("haproxy.sh")
 REPLICA_PORTS = 100  # the size of a cluster's block of ports
 
 
-def private_proxy(folder: Path, *, metrics_port: int, stats_port: int, replica_ports: int) -> dict[str, str]:
+def private_proxy(
+    folder: Path, *, metrics_port: int, stats_port: int, fallback_port: int, replica_ports: int
+) -> dict[str, str]:
     """HAProxy with files and ports of its own, reachable from this machine only.
 
     ``replica_ports``: the first of a block of ``REPLICA_PORTS`` for the Router replicas' own HTTP servers.
@@ -88,10 +100,16 @@ def private_proxy(folder: Path, *, metrics_port: int, stats_port: int, replica_p
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        # When there is no Router, HAProxy asks a proxy of Serve's, which waits for one. On Ray's own port the
+        # first cluster of a machine would get the requests of all.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         # Serve starts four threads on any machine; on a small one they only take turns with the engines.
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
+        # How long a port is not used again. Ray waits until no HAProxy can be left that knows it from before,
+        # for it could be another application's by then; here there is one application.
+        "RAY_SERVE_PORT_QUARANTINE_S": "30",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_ports),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_ports + REPLICA_PORTS - 1),
     }

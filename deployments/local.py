@@ -134,6 +134,7 @@ class LocalCluster:
                 self._folder / "haproxy",
                 metrics_port=free_port(),
                 stats_port=free_port(),
+                fallback_port=free_port(),
                 replica_ports=free_block(REPLICA_PORTS),
             )
         for name, value in variables.items():

@@ -197,7 +197,9 @@ class Supervisor:
         return ClusterView(
             replicas=tuple(replicas),
             reports=tuple(
-                report for _, report in sorted(self._reports.values(), key=lambda r: r[1].router_id)
+                # The work of a Router that has died ends with it; its counters are kept for a while.
+                report.without_load() if now - at > self._settings.suspect_after_s else report
+                for at, report in sorted(self._reports.values(), key=lambda r: r[1].router_id)
             ),
             events=self._journal.events(),
             restarts=self._journal.restarts(),

@@ -107,22 +107,12 @@ class Echo(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def behind_haproxy(folder: Path) -> Iterator[int]:
-    """An echo behind the real HAProxy, which inherits its socket: no port to lose, nothing to wait for."""
-    with (
-        ThreadingHTTPServer(("127.0.0.1", 0), Echo) as echo,
-        socket.create_server(("127.0.0.1", 0)) as front,
-    ):
-        config = folder / "haproxy.cfg"
-        config.write_text(
-            "global\n  nbthread 1\n"
-            "defaults\n  mode http\n  timeout connect 10s\n  timeout client 10s\n  timeout server 10s\n"
-            f"frontend front\n  bind fd@{front.fileno()}\n  default_backend back\n"
-            f"backend back\n  server echo 127.0.0.1:{echo.server_port}\n",
-            encoding="utf-8",
-        )
-        threading.Thread(target=echo.serve_forever, daemon=True).start()
-        haproxy = subprocess.Popen(
+def haproxy(config: Path, text: str) -> Iterator[int]:
+    """The real HAProxy, which inherits its socket, ``{front}`` in the text: no port to lose, nothing to wait
+    for."""
+    with socket.create_server(("127.0.0.1", 0)) as front:
+        config.write_text(text.replace("{front}", f"fd@{front.fileno()}"), encoding="utf-8")
+        process = subprocess.Popen(
             [str(WRAPPER), "-db", "-f", str(config)],
             env=os.environ | {"BLAZE_HAPROXY_BINARY": deployments.data_plane.haproxy_binary()},
             pass_fds=[front.fileno()],
@@ -131,9 +121,29 @@ def behind_haproxy(folder: Path) -> Iterator[int]:
         try:
             yield front.getsockname()[1]
         finally:
-            haproxy.kill()
-            haproxy.wait()
-            echo.shutdown()
+            process.kill()
+            process.wait()
+
+
+DEFAULTS = (
+    "global\n  nbthread 1\n"
+    "defaults\n  mode http\n  timeout connect 10s\n  timeout client 10s\n  timeout server 10s\n"
+)
+
+
+@contextmanager
+def behind_haproxy(folder: Path) -> Iterator[int]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as echo:
+        text = (
+            f"{DEFAULTS}frontend front\n  bind {{front}}\n  default_backend back\n"
+            f"backend back\n  server echo 127.0.0.1:{echo.server_port}\n"
+        )
+        threading.Thread(target=echo.serve_forever, daemon=True).start()
+        with haproxy(folder / "haproxy.cfg", text) as port:
+            try:
+                yield port
+            finally:
+                echo.shutdown()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the bundled HAProxy and 127.0.0.2")
@@ -149,6 +159,85 @@ def test_the_real_haproxy_appends_to_what_the_client_says(tmp_path: Path, forged
         connection.close()
     assert (peer, forwarded_for) == ("127.0.0.1", [*forged, "127.0.0.2"])
     assert client_address(peer, forwarded_for, LOOPBACK) == "127.0.0.2"
+
+
+# --- What clients hear when there is no Router ---------------------------------------------------------
+
+
+def ask(port: int, path: str) -> tuple[int, str | None, str | None, str]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("POST", path, body="{}")
+    response = connection.getresponse()
+    body = response.read().decode()
+    connection.close()
+    return response.status, response.headers["content-type"], response.headers["retry-after"], body
+
+
+def lines(text: str, *beginnings: str) -> str:
+    """Those of Ray's template that begin so."""
+    found = [line for line in text.splitlines() if line.lstrip().startswith(beginnings)]
+    assert len(found) >= len(beginnings)
+    return "\n".join(found) + "\n"
+
+
+@contextmanager
+def a_closing_port() -> Iterator[int]:
+    """Where somebody takes a request, and dies of it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def die() -> None:
+            while True:
+                try:
+                    peer, _ = server.accept()
+                except OSError:
+                    return
+                with peer:
+                    peer.recv(1000)
+
+        threading.Thread(target=die, daemon=True).start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the bundled HAProxy")
+def test_without_a_router_the_answers_are_errors_as_routers_write_them(tmp_path: Path) -> None:
+    errors = lines(HAPROXY_CONFIG_TEMPLATE, "errorfile").replace("{{ config.error_file_path }}", "/none")
+    with socket.create_server(("127.0.0.1", 0)) as unused, a_closing_port() as dying:
+        nobody = unused.getsockname()[1]
+        unused.close()
+        text = (
+            f"{DEFAULTS}{errors}  retries 0\n"
+            "frontend front\n  bind {front}\n"
+            "  use_backend gone if { path /gone }\n  use_backend dying if { path /dying }\n"
+            "  default_backend default_backend\n"
+            f"backend gone\n  server a 127.0.0.1:{nobody}\n"
+            f"backend dying\n  server a 127.0.0.1:{dying}\n"
+            "backend default_backend\n  http-request return status 404 content-type text/plain string none\n"
+        )
+        with haproxy(tmp_path / "haproxy.cfg", text) as port:
+            gone, died, elsewhere = (ask(port, path) for path in ("/gone", "/dying", "/elsewhere"))
+    assert gone[:3] == (503, "application/json", "1")
+    assert json.loads(gone[3])["error"]["code"] == "overloaded"
+    assert died[:2] == (502, "application/json")
+    assert json.loads(died[3])["error"] == {
+        "message": "The Router was lost before it had answered.",
+        "type": "server_error",
+        "param": None,
+        "code": "router_lost",
+    }
+    assert elsewhere[0] == 404
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the bundled HAProxy")
+def test_an_haproxy_that_knows_of_no_router_yet_says_so_and_not_404(tmp_path: Path) -> None:
+    """Held to Ray's own answer, in the section where its template has it."""
+    template = HAPROXY_CONFIG_TEMPLATE
+    section = template[template.index("\nbackend default_backend\n") :].split("{%-", 1)[0]
+    text = f"{DEFAULTS}frontend front\n  bind {{front}}\n  default_backend default_backend\n{section}"
+    with haproxy(tmp_path / "haproxy.cfg", text) as port:
+        status, kind, retry_after, body = ask(port, "/v1/chat/completions")
+    assert (status, kind, retry_after) == (503, "application/json", "1")
+    assert json.loads(body)["error"]["message"] == "No Router can be reached."
 
 
 # --- Where it is -------------------------------------------------------------------------------------

@@ -152,6 +152,20 @@ def test_a_newer_report_of_a_router_replaces_its_older_one() -> None:
     assert watch.supervisor.view().counters()["a"].in_flight == 1
 
 
+def test_of_a_router_that_has_died_the_counters_are_shown_but_nothing_runs_or_waits_for_it() -> None:
+    watch = Watch()
+    watch.supervisor.report(
+        report("r1", ReplicaCounters("a", "m", 3, 1.0, 7, 1, cost=5.0), models=(model_counters(waiting=4),))
+    )
+    watch.clock.advance(3.0)
+    view = watch.supervisor.view()
+    assert (view.counters()["a"].in_flight, view.models()["m"].waiting) == (3, 4)
+    watch.clock.advance(0.1)
+    replica, model = watch.supervisor.view().counters()["a"], watch.supervisor.view().models()["m"]
+    assert (replica.in_flight, replica.cost, model.waiting) == (0, 0, 0)
+    assert (replica.requests, dict(model.outcomes)) == (7, {"success": 2, "failure": 1})
+
+
 def test_a_router_that_stays_silent_is_forgotten_with_its_in_flight_requests() -> None:
     watch = Watch()
     watch.supervisor.report(report("r2", ReplicaCounters("a", "m", 5, 1.0, 5, 0)))
@@ -159,6 +173,7 @@ def test_a_router_that_stays_silent_is_forgotten_with_its_in_flight_requests() -
     watch.supervisor.report(report("r1", ReplicaCounters("a", "m", 1, 1.0, 1, 0)))
     assert [r.router_id for r in watch.supervisor.view().reports] == ["r1", "r2"]
     watch.clock.advance(10.01)
+    watch.supervisor.report(report("r1", ReplicaCounters("a", "m", 1, 1.0, 1, 0)))
     view = watch.supervisor.view()
     assert [r.router_id for r in view.reports] == ["r1"]
     assert view.counters()["a"].in_flight == 1
