@@ -33,7 +33,9 @@ class Served:
         return sum(replica["running"] + replica["queued"] for replica in self.status()["replicas"])
 
 
-def serve_config(port: int, models: list[dict[str, Any]], **router: Any) -> dict[str, Any]:
+def serve_config(
+    port: int, models: list[dict[str, Any]], *, health: dict[str, Any] | None = None, **router: Any
+) -> dict[str, Any]:
     return {
         "http_options": {"host": "127.0.0.1", "port": port},
         "applications": [
@@ -41,7 +43,7 @@ def serve_config(port: int, models: list[dict[str, Any]], **router: Any) -> dict
                 "name": "blaze",
                 "route_prefix": "/",
                 "import_path": "deployments.app:build_app",
-                "args": {"router": router, "models": models},
+                "args": {"router": router, "models": models, "health": health or {}},
             }
         ],
     }
@@ -58,9 +60,11 @@ def simulator(name: str = "sim", *, replicas: int = 2, **options: Any) -> dict[s
 
 
 @contextmanager
-def served(models: list[dict[str, Any]], *, fast: bool = True, **router: Any) -> Iterator[Served]:
+def served(
+    models: list[dict[str, Any]], *, fast: bool = True, health: dict[str, Any] | None = None, **router: Any
+) -> Iterator[Served]:
     port = free_port()
-    config = serve_config(port, models, **router)
+    config = serve_config(port, models, health=health, **router)
     with LocalCluster(num_cpus=4, fast=fast) as cluster:
         cluster.deploy(config)
         url = f"http://127.0.0.1:{port}"
