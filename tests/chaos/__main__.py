@@ -15,7 +15,7 @@ from tests.chaos.models import Model, SimulatedModel, SmolLM2
 from tests.chaos.runner import Plan, Result, run
 from tests.chaos.schedule import DEFAULT_KINDS, Kind
 from tests.chaos.score import Problem
-from tests.cluster.served import served
+from tests.cluster.served import Served, served
 from tests.streams import new_client
 
 _STALL_AFTER_S = 5.0
@@ -33,14 +33,8 @@ def main() -> int:
         settle_s=options.settle,
     )
     health = {"probe_period_s": 0.5, "stall_after_s": options.stall_after}
-    results: list[Result] = []
     with served([model.config for model in models], replicas=options.routers, health=health) as app:
-        asyncio.run(prepare(models, app.url))
-        for seed in options.seeds:
-            say(f"seed {seed}")
-            results.append(asyncio.run(run(app, models, seed, plan, say)))
-            say(row(results[-1]))
-            tell_problems(results[-1])
+        results = asyncio.run(run_all(app, models, options.seeds, plan))
     say("\n" + "\n".join([HEAD, RULE, *map(row, results)]))
     if options.json:
         options.json.write_text(json.dumps([asdict(result) for result in results], indent=1, default=str))
@@ -82,10 +76,17 @@ def chosen_models(names: str, *, replicas: int, clients: int) -> list[Model]:
     ]
 
 
-async def prepare(models: Sequence[Model], url: str) -> None:
+async def run_all(app: Served, models: Sequence[Model], seeds: Sequence[int], plan: Plan) -> list[Result]:
     async with new_client() as client:
         for model in models:
-            await model.prepare(client, url)
+            await model.prepare(client, app.url)
+    results = []
+    for seed in seeds:
+        say(f"seed {seed}")
+        results.append(await run(app, models, seed, plan, say))
+        say(row(results[-1]))
+        tell_problems(results[-1])
+    return results
 
 
 HEAD = (

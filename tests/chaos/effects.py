@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import os
 import signal
@@ -71,12 +72,13 @@ class Effects:
         for pid in tuple(self._frozen):
             self.end_frozen(pid)
 
-    def set_faults(self, model: str, replica_id: str, faults: Faults) -> None:
+    async def set_faults(self, model: str, replica_id: str, faults: Faults) -> None:
+        """All of them on one event loop: Serve's handles are bound to theirs."""
         from ray import serve
 
         handle = serve.get_deployment_handle(f"simulator-{model}", APP_NAME)
         method = handle.options(method_name="set_faults")
-        method.remote(faults, blaze_pin=replica_id).result(timeout_s=_PATIENCE_S)
+        await asyncio.wait_for(method.remote(faults, blaze_pin=replica_id), _PATIENCE_S)
 
     def drain(self, replica_id: str, draining: bool) -> None:
         self._post(f"replicas/{replica_id}/drain", {"draining": draining})

@@ -6,7 +6,8 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from blaze.engines.faults import Faults
@@ -110,13 +111,13 @@ class Injector:
                 effects.kill(pid)
             else:
                 effects.freeze(pid)
-                self._undo_later(self._restart_s, found, lambda: self._end_frozen(pid))
+                self._undo_later(self._restart_s, found, lambda: _away(lambda: self._end_frozen(pid)))
         elif kind is Kind.DRAIN:
             await _away(lambda: effects.drain(found.id, True))
-            self._undo_later(fault.lasts_s, found, lambda: effects.drain(found.id, False))
+            undrain = partial(effects.drain, found.id, False)
+            self._undo_later(fault.lasts_s, found, lambda: _away(undrain))
         else:
-            faults = self._faults(fault)
-            await _away(lambda: effects.set_faults(found.model, found.id, faults))
+            await effects.set_faults(found.model, found.id, self._faults(fault))
             lasts_s = self._restart_s if kind is Kind.HANG else fault.lasts_s
             self._undo_later(lasts_s, found, lambda: self._heal(kind, found))
 
@@ -134,18 +135,18 @@ class Injector:
             self.not_replaced += 1
             self._say(f"pid {pid} was still frozen after {self._restart_s:.0f} s: killed")
 
-    def _heal(self, kind: Kind, found: SeenReplica) -> None:
-        if any(replica.id == found.id for replica in self._effects.seen()):
-            self._effects.set_faults(found.model, found.id, Faults())
+    async def _heal(self, kind: Kind, found: SeenReplica) -> None:
+        if any(replica.id == found.id for replica in await _away(self._effects.seen)):
+            await self._effects.set_faults(found.model, found.id, Faults())
             if kind is Kind.HANG:
                 self.not_replaced += 1
                 self._say(f"{found.id} still hung after {self._restart_s:.0f} s: freed")
 
-    def _undo_later(self, after_s: float, found: SeenReplica, undo: Callable[[], None]) -> None:
+    def _undo_later(self, after_s: float, found: SeenReplica, undo: Callable[[], Awaitable[None]]) -> None:
         async def later() -> None:
             await asyncio.sleep(after_s)
             try:
-                await _away(undo)
+                await undo()
             except Exception as error:  # it is gone by now
                 self._say(f"undoing for {found.id}: {type(error).__name__}: {str(error)[:100]}")
             self._troubled.discard(found.id)
