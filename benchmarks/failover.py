@@ -68,9 +68,9 @@ NAMES = {"blaze": BLAZE, "fast": FAST, "stock": STOCK}
 class Measured:
     """Times in seconds.
 
-    ``detected_s``: until the contestant itself says that the replica does not work; None: never, in the time of
-    the measurement. ``harmed_until_s``: when the last answer was asked for that failed, or in which nothing came
-    for longer than ``HARMED_S``. ``whole_s``: until as many replicas worked as before.
+    ``detected_s``: until the contestant itself says that the replica does not work; None: never, in the time
+    of the measurement. ``harmed_until_s``: when the last answer was asked for that failed, or in which
+    nothing came for longer than ``HARMED_S``. ``whole_s``: until as many replicas worked as before.
     """
 
     contestant: str

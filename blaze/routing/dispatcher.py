@@ -117,7 +117,7 @@ class Dispatcher:
         attempt = await self._send(route)
 
         async def resume(rest: Request, error: ErrorInfo) -> Attempt | ErrorInfo:
-            route.request, route.cost = rest, self._costs.of(rest)
+            route.request, route.cost, route.has_begun = rest, self._costs.of(rest), True
             route.note_failure(route.tried_last, error, died_at_work=False)
             try:
                 resumed = await self._send(route, error)
@@ -165,7 +165,8 @@ class Dispatcher:
             return None
         if self._clock.now() + pause >= route.deadline:
             return None
-        if not exempt and not route.reserved:
+        # What has begun is not given up because much else has broken with it: it only moves.
+        if not exempt and not route.has_begun and not route.reserved:
             route.reserved = self._retries.reserve(self._active)
             if not route.reserved:
                 return None

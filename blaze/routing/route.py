@@ -38,6 +38,7 @@ class Route:
     deaths: int = 0
     was_probe: bool = False  # the last attempt: sent to find out whether a replica has recovered
     reserved: bool = False  # of the budget for retries
+    has_begun: bool = False  # its reader has had some of the answer
 
     def note_failure(self, replica_id: ReplicaId, error: ErrorInfo, *, died_at_work: bool) -> None:
         self.tried.append(replica_id)
