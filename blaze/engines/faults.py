@@ -25,6 +25,7 @@ class Faults:
     raise_rate: float = 0.0  # an exception that is nobody's
     garbage_rate: float = 0.0  # something that is no event
     wedged: bool = False  # takes requests, and makes no step
+    fail_running: bool = False  # once: all that runs fails together, as in a failed step
     block_s: float = 0.0  # once: the event loop stands still for so long
 
     def __post_init__(self) -> None:
@@ -33,7 +34,8 @@ class Faults:
         for name in ("fail_rate", "break_rate", "raise_rate", "garbage_rate"):
             rate = getattr(self, name)
             check(is_number(rate) and 0 <= rate <= 1, name, "must be 0 to 1")
-        check(isinstance(self.wedged, bool), "wedged", "must be true or false")
+        for name in ("wedged", "fail_running"):
+            check(isinstance(getattr(self, name), bool), name, "must be true or false")
         good = is_number(self.block_s) and 0 <= self.block_s <= LONGEST_BLOCK_S
         check(good, "block_s", f"must be 0 to {LONGEST_BLOCK_S:,.0f} seconds")
 
@@ -46,6 +48,7 @@ class Fate:
     raises: bool = False
     garbage: bool = False
     breaks_after: float | None = None  # share of the tokens that it makes
+    failures_before: int = 0  # of all that ran
 
     def breaks_at(self, begin: int, end: int) -> int | None:
         """The position, of ``begin`` to ``end``, at which it breaks."""
@@ -60,6 +63,7 @@ class FaultSwitch:
         self._faults = Faults()
         self._moving = asyncio.Event()
         self._moving.set()
+        self._failures = 0  # of all that ran
 
     @property
     def slowdown(self) -> float:
@@ -67,6 +71,7 @@ class FaultSwitch:
 
     def set(self, faults: Faults) -> None:
         self._faults = faults
+        self._failures += faults.fail_running
         if faults.wedged:
             self._moving.clear()
         else:
@@ -82,6 +87,7 @@ class FaultSwitch:
             raises=draws[1] < faults.raise_rate,
             garbage=draws[2] < faults.garbage_rate,
             breaks_after=draws[4] if draws[3] < faults.break_rate else None,
+            failures_before=self._failures,
         )
 
     async def while_wedged(self, deadline: float | None) -> None:
@@ -89,6 +95,11 @@ class FaultSwitch:
         if not self._moving.is_set():
             async with asyncio.timeout_at(deadline):
                 await self._moving.wait()
+
+    def check_running(self, fate: Fate) -> None:
+        """Raises :class:`EngineFailure` if all that ran has failed since."""
+        if fate.failures_before != self._failures:
+            raise EngineFailure("The simulator was told to fail all that ran.")
 
     def release(self) -> None:
         """The engine stops: nobody is held any more."""

@@ -162,6 +162,7 @@ class SimulatorEngine(RunsOperations):
                     yield tuple(pending)
                     pending = []
                 await self._pause(wait_ms * stretch, deadline)
+                self._switch.check_running(fate)
             for index in range(sampling.n):
                 token = rng.randrange(len(_WORDS))
                 if not request.generated or position >= len(request.generated[index]):

@@ -23,6 +23,7 @@ _FAILURES = (
     Faults(fail_rate=0.3, break_rate=0.3),
     Faults(raise_rate=0.5),
     Faults(garbage_rate=0.5),
+    Faults(fail_running=True),
 )
 
 

@@ -35,6 +35,7 @@ async def answers(engine: SimulatorEngine, count: int) -> list[list[Event]]:
         {"raise_rate": "often"},
         {"garbage_rate": True},
         {"wedged": 1},
+        {"fail_running": "yes"},
         {"block_s": -1},
         {"block_s": float("inf")},
     ],
@@ -128,6 +129,19 @@ async def test_a_wedged_engine_keeps_deadlines_and_stops() -> None:
     (event,) = await held
     assert isinstance(event, Failed)
     assert event.error.replica_gone
+
+
+async def test_all_that_runs_fails_together_once() -> None:
+    engine = simulator(inter_token_ms=1)
+    running = [engine.run(text_request(seed=seed)) for seed in range(3)]
+    for answer in running:
+        await anext(answer)
+    engine.set_faults(Faults(fail_running=True))
+    for answer in running:
+        events = await collect(answer)
+        assert isinstance(events[-1], Failed)
+        assert events[-1].error.retryable
+    assert isinstance((await collect(engine.run(text_request())))[-1], Finished)
 
 
 async def test_slowness_stretches_the_waits_of_what_runs_too() -> None:
