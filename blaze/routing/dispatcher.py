@@ -134,7 +134,7 @@ class Dispatcher:
         try:
             while True:
                 if error is not None:
-                    pause = self._pause_before_another(route, error)
+                    pause = await self._pause_before_another(route, error)
                     if pause is None:
                         return _POISON.info if route.is_poison else error
                     self._retries.total += 1
@@ -151,7 +151,7 @@ class Dispatcher:
                 route.reserved = False
                 self._retries.give_back()
 
-    def _pause_before_another(self, route: Route, error: ErrorInfo) -> float | None:
+    async def _pause_before_another(self, route: Route, error: ErrorInfo) -> float | None:
         """Seconds until the next attempt; None: that was the last one."""
         if not error.retryable or route.is_poison or self._picker.is_over:
             return None
@@ -167,7 +167,8 @@ class Dispatcher:
             return None
         # What has begun is not given up because much else has broken with it: it only moves.
         if not exempt and not route.has_begun and not route.reserved:
-            route.reserved = self._retries.reserve(self._active)
+            wait_s = min(self._settings.retry_wait_s, route.deadline - self._clock.now() - pause)
+            route.reserved = await self._retries.reserve(self._active, wait_s)
             if not route.reserved:
                 return None
         return pause
