@@ -101,10 +101,10 @@ class Dispatcher:
         """Send the request to a replica and wait for the first content of its answer.
 
         A replica that fails before its first content costs an attempt on another one, up to
-        ``max_retries`` and in turn with others (:class:`RetryBudget`), or ``max_lost`` where the replica
-        went away; later than that, the answer goes on elsewhere, by the same limits. An error that no attempt got
-        past is the stream's only event, ``Failed``. Raises :class:`Overloaded` when no replica can take the
-        request before its deadline.
+        ``max_retries`` and in turn with others (:class:`RetryBudget`), or ``max_lost`` where the replica went
+        away; later than that, the answer goes on elsewhere, by the same limits. An error that no attempt
+        got past is the stream's only event, ``Failed``. Raises :class:`Overloaded` when no replica can take
+        the request before its deadline.
         The caller owns the stream and must close it (it is an async context manager).
         """
         timeout_s = self._settings.request_timeout_s if request.timeout_s is None else request.timeout_s
