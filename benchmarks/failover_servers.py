@@ -96,7 +96,7 @@ class PlainServer(Server):
 
         details = ServeSubmissionClient(self._cluster.dashboard).get_serve_details()
         found = details["applications"][APP_NAME]["deployments"]["PlainEngine"]["replicas"]
-        return [Replica(r["replica_id"], r["pid"] or 0, r["state"] == "RUNNING") for r in found]
+        return [Replica(r["replica_id"], r.get("pid") or 0, r["state"] == "RUNNING") for r in found]
 
     async def set_faults(self, replica: Replica, faults: Faults) -> None:
         from ray import serve

@@ -49,7 +49,7 @@ class Effects:
 
         details = ServeSubmissionClient(self._app.cluster.dashboard).get_serve_details()
         routers = details["applications"][APP_NAME]["deployments"]["Router"]["replicas"]
-        return sorted(int(r["pid"]) for r in routers if r["state"] == "RUNNING" and r["pid"])
+        return sorted(int(r["pid"]) for r in routers if r["state"] == "RUNNING" and r.get("pid"))
 
     def is_deployed(self) -> bool:
         return self._app.cluster.progress().status == "RUNNING"
