@@ -189,16 +189,11 @@ def counted(
 
 
 def same(found: Answer, expected: Answer) -> bool:
-    return (found.texts, found.finish_reasons, _tokens(found)) == (
+    return (found.texts, found.finish_reasons, found.tokens) == (
         expected.texts,
         expected.finish_reasons,
-        _tokens(expected),
+        expected.tokens,
     )
-
-
-def _tokens(answer: Answer) -> tuple[int, int]:
-    usage = answer.usage or {}
-    return usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
 
 
 def busiest(server: Server) -> Replica:

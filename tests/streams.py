@@ -37,6 +37,12 @@ class Answer:
         return self.texts.get(0, "")
 
     @property
+    def tokens(self) -> tuple[int | None, int | None, int | None]:
+        """Of the prompt, of the answer, and of both; how many of them were cached depends on what came before."""
+        usage = self.usage or {}
+        return usage.get("prompt_tokens"), usage.get("completion_tokens"), usage.get("total_tokens")
+
+    @property
     def lost(self) -> str | None:
         """Why, in a few words; None: it is whole, or nobody wanted it any more."""
         if self.trouble is not None or self.left:

@@ -51,10 +51,8 @@ def what_is_wrong(answer: Answer, expected: Expected) -> str | None:
             return f"text of choice {index}: {_difference(found, text)}"
         if answer.finish_reasons.get(index) != expected.finish_reason:
             return f"finish_reason of choice {index}: {answer.finish_reasons.get(index)}"
-    usage = answer.usage or {}
-    counts = usage.get("prompt_tokens"), usage.get("completion_tokens"), usage.get("total_tokens")
     prompt, completion = expected.prompt_tokens, expected.completion_tokens
-    return None if counts == (prompt, completion, prompt + completion) else f"usage: {answer.usage}"
+    return None if answer.tokens == (prompt, completion, prompt + completion) else f"usage: {answer.usage}"
 
 
 def _difference(found: str, expected: str) -> str:

@@ -36,7 +36,7 @@ def assert_unbroken(found: list[Answer], unbroken: list[Answer]) -> None:
         assert answer.lost is None
         assert len(answer.ids) == 1
         assert answer.texts == expected.texts
-        assert (answer.finish_reasons, answer.usage) == (expected.finish_reasons, expected.usage)
+        assert (answer.finish_reasons, answer.tokens) == (expected.finish_reasons, expected.tokens)
 
 
 def busiest(app: Served, model: str) -> dict[str, Any]:
