@@ -38,7 +38,7 @@ class Answer:
 
     @property
     def tokens(self) -> tuple[int | None, int | None, int | None]:
-        """Of the prompt, of the answer, and of both; how many of them were cached depends on what came before."""
+        """Of the prompt, of the answer, of both; how many were cached depends on what came before."""
         usage = self.usage or {}
         return usage.get("prompt_tokens"), usage.get("completion_tokens"), usage.get("total_tokens")
 
