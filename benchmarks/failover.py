@@ -14,7 +14,7 @@ import asyncio
 import json
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,9 @@ async def hit(server: Server, victim: Replica, fault: str) -> None:
 
 
 async def heal(server: Server, victim: Replica, fault: str) -> None:
-    if fault in SIMULATED and any(r.id == victim.id for r in await asyncio.to_thread(server.replicas)):
+    if fault == "stop":
+        server.signal(victim, signal.SIGKILL)
+    elif fault in SIMULATED and any(r.id == victim.id for r in await asyncio.to_thread(server.replicas)):
         await server.set_faults(victim, Faults())
 
 
@@ -236,29 +238,40 @@ async def watch(
 # --- All of it ---------------------------------------------------------------------------------------
 
 
-def play(options: argparse.Namespace, runner: asyncio.Runner) -> Iterator[Measured]:
+def play(options: argparse.Namespace) -> list[Measured]:
+    found: list[Measured] = []
     for model in options.models:
         faults = options.faults if model == SIMULATOR else [f for f in options.faults if f == "kill"]
-        samplings = ("greedy", "sampled") if model == SMOLLM2 else ("greedy",)
         for contestant in options.contestants if faults else ():
             with served(NAMES[contestant], model, stall_after_s=options.stall_after) as server:
-                for sampling in samplings:
-                    for fault in faults:
-                        yield runner.run(
-                            measure(server, NAMES[contestant], sampling, fault, options.patience)
-                        )
-                        wait_until_whole(server)
+                # One event loop for each cluster: Serve's handles are bound to theirs.
+                found += asyncio.run(suffer(server, NAMES[contestant], faults, options.patience))
+    return found
 
 
-def wait_until_whole(server: Server, *, within_s: float = 180.0) -> None:
+async def suffer(server: Server, contestant: str, faults: Sequence[str], patience_s: float) -> list[Measured]:
+    found: list[Measured] = []
+    for sampling in ("greedy", "sampled") if server.model == SMOLLM2 else ("greedy",):
+        for fault in faults:
+            found.append(await measure(server, contestant, sampling, fault, patience_s))
+            print(row(found[-1]), flush=True)
+            await until_whole(server, sampling)
+    return found
+
+
+async def until_whole(server: Server, sampling: str, *, within_s: float = 180.0) -> None:
+    """With a little load: breakers close by requests only."""
     give_up = time.monotonic() + within_s
-    while time.monotonic() < give_up:
-        try:
-            if server.is_whole():
-                return
-        except (httpx.HTTPError, OSError, RuntimeError):
-            pass
-        time.sleep(0.5)
+    async with new_client(timeout_s=30.0) as client:
+        load = Load(client, server.url, [body | {"max_tokens": 1} for body in bodies(server.model, sampling)])
+        while time.monotonic() < give_up:
+            try:
+                if await asyncio.to_thread(server.is_whole):
+                    return
+            except (httpx.HTTPError, OSError, RuntimeError):
+                pass
+            await asyncio.gather(*map(load.one, range(4)))
+            await asyncio.sleep(0.5)
     raise RuntimeError("the pool did not become whole again")
 
 
@@ -312,11 +325,7 @@ def main() -> None:
     assert {NAMES[name] for name in options.contestants} <= set(CONTESTANTS)
     described = f"{machine.describe()}; {machine.versions()}"
     print(described)
-    found: list[Measured] = []
-    with asyncio.Runner() as runner:  # one event loop: Serve's handles are bound to theirs
-        for one in play(options, runner):
-            found.append(one)
-            print(row(one), flush=True)
+    found = play(options)
     print(
         f"\n{STREAMS} streams, stall_after_s {options.stall_after:g}, clients wait {options.patience:g} s\n"
     )
