@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -229,7 +231,9 @@ async def watch(
             works = any(replica.id == victim.id and replica.works for replica in found)
             if detected_s is None and not works:
                 detected_s = now - hit_at
-            if detected_s is not None and sum(replica.works for replica in found) >= server.wanted:
+            # Who is to be replaced does not count, whatever is still said of it.
+            working = [r for r in found if r.works and not (fault in REPLACED and r.id == victim.id)]
+            if detected_s is not None and len(working) >= server.wanted:
                 return detected_s, now - hit_at
         await asyncio.sleep(POLL_S)
     return detected_s, None
@@ -239,14 +243,23 @@ async def watch(
 
 
 def play(options: argparse.Namespace) -> list[Measured]:
+    """Each cluster has a process of its own: Serve's handles remember the first one."""
     found: list[Measured] = []
+    processes = multiprocessing.get_context("spawn")
     for model in options.models:
         faults = options.faults if model == SIMULATOR else [f for f in options.faults if f == "kill"]
         for contestant in options.contestants if faults else ():
-            with served(NAMES[contestant], model, stall_after_s=options.stall_after) as server:
-                # One event loop for each cluster: Serve's handles are bound to theirs.
-                found += asyncio.run(suffer(server, NAMES[contestant], faults, options.patience))
+            with ProcessPoolExecutor(1, mp_context=processes) as process:
+                asked = (NAMES[contestant], model, faults, options.stall_after, options.patience)
+                found += process.submit(on_a_cluster, *asked).result()
     return found
+
+
+def on_a_cluster(
+    contestant: str, model: str, faults: Sequence[str], stall_after_s: float, patience_s: float
+) -> list[Measured]:
+    with served(contestant, model, stall_after_s=stall_after_s) as server:
+        return asyncio.run(suffer(server, contestant, faults, patience_s))
 
 
 async def suffer(server: Server, contestant: str, faults: Sequence[str], patience_s: float) -> list[Measured]:

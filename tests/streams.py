@@ -84,6 +84,12 @@ class Answer:
             self.texts[choice["index"]] = text
             self.finish_reasons[choice["index"]] = choice["finish_reason"]
 
+    def end(self, now: float) -> None:
+        """The silence before an end that is none counts, too."""
+        self.ended_at = now
+        if self.lost is not None and self._last_at is not None:
+            self.longest_gap_s = max(self.longest_gap_s, now - self._last_at)
+
     def _note_text(self, now: float) -> None:
         if self._last_at is None:
             self.first_text_s = now - self.started_at
@@ -109,7 +115,7 @@ async def ask(
                 answer.trouble = f"status {response.status_code}: {response.text[:200]}"
     except (httpx.HTTPError, ValueError) as error:
         answer.trouble = f"{type(error).__name__}: {error}"
-    answer.ended_at = time.monotonic()
+    answer.end(time.monotonic())
     return answer
 
 

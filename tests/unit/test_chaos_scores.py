@@ -136,6 +136,8 @@ def test_a_stream_is_read_to_its_last_line() -> None:
         answer.take_line(line, float(at * at))
     assert (answer.text, answer.longest_gap_s, answer.first_text_s) == ("go go go ", 8.0, 1.0)
     assert answer.lost == "no [DONE]"
+    answer.end(40.0)
+    assert (answer.longest_gap_s, answer.ended_at) == (24.0, 40.0)
     answer.take_line("data: [DONE]", 20.0)
     assert answer.lost is None
     answer.take_line('data: {"error": {"message": "broken"}}', 20.0)
