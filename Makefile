@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 CONFIG ?= serve_config.yaml
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install serve test check unit bench digits clean
+.PHONY: install serve test check unit chaos bench digits clean
 
 install: $(STAMP)
 
@@ -33,6 +33,15 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/unit tests/property tests/contract -m "not cluster and not models"
+
+# Faults under load, and all that has to be true nevertheless: about 15 minutes. More of it with
+# CHAOS_OPTIONS, see `python -m tests.chaos --help`, such as CHAOS_OPTIONS="--models sim,smollm2".
+CHAOS_SEEDS ?= 1-10
+CHAOS_SECONDS ?= 60
+CHAOS_PERIOD ?= 5
+CHAOS_OPTIONS ?=
+chaos: install
+	$(BIN)/python -m tests.chaos --seeds $(CHAOS_SEEDS) --seconds $(CHAOS_SECONDS) --period $(CHAOS_PERIOD) $(CHAOS_OPTIONS)
 
 bench: install
 	$(BIN)/python -m benchmarks.data_plane

@@ -290,3 +290,8 @@ Event: TypeAlias = (
     Started | TextDelta | ChoiceFinished | ImageReady | Progress | PartialImage | Finished | Failed
 )
 Events: TypeAlias = tuple[Event, ...]  # several to a message when the reader is slower than the engine
+
+
+def is_batch(events: object) -> bool:
+    """Whether this can be :data:`Events`: a replica of another version may say anything."""
+    return isinstance(events, tuple) and len(events) > 0 and all(isinstance(e, Event) for e in events)

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 import deployments.pinned_state as state
 from blaze.errors import BlazeError, Cancelled, EngineFailure, ReplicaLost, ReplicaUnreachable
 from blaze.routing.replica import ReplicaInfo
-from blaze.types import Events, ReplicaId, Request
+from blaze.types import Events, ReplicaId, Request, is_batch
 
 logger = logging.getLogger("ray.serve")
 
@@ -96,6 +96,9 @@ class RayReplicaCall:
             # The text holds a traceback with paths and addresses: for the log, not for the client.
             logger.exception("a replica raised")
             raise EngineFailure(f"The replica failed: {type(error).__name__}.") from error
+        if not is_batch(events):
+            logger.error("a replica answered with what is no batch of events: %.200r", events)
+            raise EngineFailure("The replica answered with something that is no event.")
         return events
 
     def cancel(self) -> None:

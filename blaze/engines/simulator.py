@@ -3,6 +3,7 @@
 Words and jitter come from a generator keyed by the configured seed and the request's own, so that the same
 request gets the same answer on every replica and in every run. Failures and hangs come from a generator
 keyed by the configured seed and the replica's rank: the n-th call to a replica fares the same in every run.
+:meth:`SimulatorEngine.set_faults` changes while it runs how it behaves, and never what it answers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import aclosing
 
 from blaze.clock import Clock, SystemClock
 from blaze.engine_config import SimulatorConfig
+from blaze.engines.faults import Fate, Faults, FaultSwitch, misbehave
 from blaze.engines.operations import RunsOperations
 from blaze.errors import DeadlineExceeded, EngineFailure, InvalidRequest, OtherVariant, ReplicaStopping
 from blaze.reports import EngineStatus
@@ -52,6 +54,7 @@ class SimulatorEngine(RunsOperations):
         self._first_request_at: float | None = None
         # Per replica and call, not per request: a retry elsewhere is a new draw.
         self._faults = random.Random(f"{options.seed}/{rank}")
+        self._switch = FaultSwitch(random.Random(f"{options.seed}/{rank}/switch"))
         self._clock = clock or SystemClock()
         self._slots = asyncio.Semaphore(options.slots)
         self._running = 0
@@ -67,6 +70,11 @@ class SimulatorEngine(RunsOperations):
 
     async def stop(self) -> None:
         self._stopping.set()
+        self._switch.release()
+
+    def set_faults(self, faults: Faults) -> None:
+        """From now on; what runs is slowed down and wedged, too."""
+        self._switch.set(faults)
 
     async def get_health_status(self) -> EngineStatus:
         last = self._last_step_at
@@ -110,13 +118,19 @@ class SimulatorEngine(RunsOperations):
         self._running += 1
         try:
             await self._misbehave(deadline)
-            async for events in self._tokens(request, rng, deadline):
+            fate = self._switch.draw()
+            if garbage := misbehave(fate):
+                yield garbage
+                return
+            async for events in self._tokens(request, rng, deadline, fate):
                 yield events
         finally:
             self._running -= 1
             self._slots.release()
 
     async def _misbehave(self, deadline: float | None) -> None:
+        """As it was configured to."""
+        await self._while_wedged(deadline)
         # Both are drawn whatever the rates are: changing a rate does not change the answers of the others.
         fails, hangs = self._faults.random() < self._fail_rate, self._faults.random() < self._hang
         if self._first_request_at is None:
@@ -129,7 +143,7 @@ class SimulatorEngine(RunsOperations):
             raise ReplicaStopping("The replica is shutting down.")
 
     async def _tokens(
-        self, request: GenerateRequest, rng: random.Random, deadline: float | None
+        self, request: GenerateRequest, rng: random.Random, deadline: float | None, fate: Fate
     ) -> AsyncGenerator[Events]:
         """Pending events leave before every wait; without waits the whole answer is one batch."""
         sampling = request.sampling
@@ -138,15 +152,19 @@ class SimulatorEngine(RunsOperations):
         pending: list[Event] = [Started(prompt_ids, self._variant)]
         wait_ms = self._options.ttft_ms
         done = min(map(len, request.generated), default=0)
+        breaks_at = fate.breaks_at(done, count)
         for position in range(count):
-            if position < done:  # the draws of an answer that goes on are those of an unbroken one
-                if (self._options.ttft_ms if position == 0 else self._options.inter_token_ms) > 0:
-                    self._stretch(rng)
-            elif wait_ms > 0:
+            if position == breaks_at:
+                yield tuple(pending)
+                raise EngineFailure("The simulator was told to break this answer.")
+            # Drawn whether there is a wait or not: the words are the same at any pace, wherever it goes on.
+            stretch = self._stretch(rng)
+            if position >= done and wait_ms > 0:
                 if len(pending) > (position == 0):  # Started waits for the first token
                     yield tuple(pending)
                     pending = []
-                await self._pause(wait_ms, rng, deadline)
+                await self._pause(wait_ms * stretch, deadline)
+                self._switch.check_running(fate)
             for index in range(sampling.n):
                 token = rng.randrange(len(_WORDS))
                 if not request.generated or position >= len(request.generated[index]):
@@ -164,10 +182,13 @@ class SimulatorEngine(RunsOperations):
             return self._options.tokens, "stop"
         return max_tokens, "length"
 
-    async def _pause(self, milliseconds: float, rng: random.Random, deadline: float | None) -> None:
-        stretch = self._stretch(rng)
+    async def _pause(self, milliseconds: float, deadline: float | None) -> None:
         async with asyncio.timeout_at(deadline):
-            await asyncio.sleep(milliseconds / 1000.0 * self._slowdown * stretch)
+            await asyncio.sleep(milliseconds / 1000.0 * self._slowdown * self._switch.slowdown)
+        await self._while_wedged(deadline)
+
+    async def _while_wedged(self, deadline: float | None) -> None:
+        await self._switch.while_wedged(deadline)
         if self._stopping.is_set():
             raise ReplicaStopping("The replica is shutting down.")
 

@@ -56,6 +56,7 @@ class WaitingRoom:
         timeout_s: float,
         *,
         selective: bool = False,
+        admitted: bool = False,
         came_at: float | None = None,
         priority: int = 0,
         size: float = 0.0,
@@ -67,12 +68,13 @@ class WaitingRoom:
         ``size``: in those of a usual request. Small ones overtake large ones that came up to 4 s before them:
         a mild form of shortest job first, which shortens the wait of nearly all and starves nobody.
         ``selective``: it refuses some replicas that others would take, so others may pass it by.
+        ``admitted``: it has been at work before, and is not turned away because the queue has filled since.
         ``retry_after_s`` says when to come back, for whoever gets nothing.
 
         Raises :class:`Overloaded` at once when the queue is full, and when ``timeout_s`` has passed.
         """
         hint = retry_after_s or self.expected_wait_s
-        if len(self._waiting) >= self._max_queued:
+        if len(self._waiting) >= self._max_queued and not admitted:
             raise Overloaded(
                 "All replicas are busy and the waiting queue is full.", retry_after_s=_whole(hint())
             )

@@ -37,9 +37,7 @@ from blaze.routing.transcript import transcript_of
 from blaze.types import GenerateRequest, ReplicaId, Request
 
 _NO_FAULT = (OtherVariant.code, ReplicaDrained.code)  # of the request, nor of the replica
-_POISON = PoisonRequest(
-    f"{POISON_DEATHS} replicas have died as they began to work on this request: no other is tried."
-)
+_POISON = PoisonRequest(f"{POISON_DEATHS} replicas have died as they began to work on it: no other is tried.")
 
 
 class Dispatcher:
@@ -108,10 +106,10 @@ class Dispatcher:
         """Send the request to a replica and wait for the first content of its answer.
 
         A replica that fails before its first content costs an attempt on another one, up to
-        ``max_retries`` and as far as the budget for retries goes, or ``max_lost`` where the replica went
-        away; later than that, the answer goes on elsewhere, by the same limits. An error that no attempt got
-        past is the stream's only event, ``Failed``. Raises :class:`Overloaded` when no replica can take the
-        request before its deadline, and :class:`Draining` when nothing new is begun.
+        ``max_retries`` and in turn with others (:class:`RetryBudget`), or ``max_lost`` where the replica went
+        away; later than that, the answer goes on elsewhere, by the same limits. An error that no attempt
+        got past is the stream's only event, ``Failed``. Raises :class:`Overloaded` when no replica can take
+        the request before its deadline, and :class:`Draining` when nothing new is begun.
         The caller owns the stream and must close it (it is an async context manager).
         """
         if self._drainage.refuses:
@@ -138,7 +136,7 @@ class Dispatcher:
 
     async def resume(self, route: Route, rest: Request, error: ErrorInfo) -> Attempt | ErrorInfo:
         """The answer goes on from where it broke. Returns why not, where it cannot."""
-        route.request, route.cost = rest, self._costs.of(rest)
+        route.request, route.cost, route.has_begun = rest, self._costs.of(rest), True
         route.note_failure(route.tried_last, error, died_at_work=False)
         try:
             resumed = await self._send(route, error)
@@ -149,7 +147,8 @@ class Dispatcher:
 
     async def move(self, route: Route, rest: Request) -> Attempt | None:
         """The answer goes on at the place that was found for it, if it can begin there."""
-        lease, route.request, route.cost = route.take_ahead(), rest, self._costs.of(rest)
+        lease, route.has_begun = route.take_ahead(), True
+        route.request, route.cost = rest, self._costs.of(rest)
         if lease is None:
             return None
         lease.recost(route.cost)
@@ -169,7 +168,7 @@ class Dispatcher:
         try:
             while True:
                 if error is not None:
-                    pause = self._pause_before_another(route, error)
+                    pause = await self._pause_before_another(route, error)
                     if pause is None:
                         return _POISON.info if route.is_poison else error
                     self._retries.total += 1
@@ -187,7 +186,7 @@ class Dispatcher:
                 route.reserved = False
                 self._retries.give_back()
 
-    def _pause_before_another(self, route: Route, error: ErrorInfo) -> float | None:
+    async def _pause_before_another(self, route: Route, error: ErrorInfo) -> float | None:
         """Seconds until the next attempt; None: that was the last one."""
         if not error.retryable or route.is_poison or self._picker.is_over:
             return None
@@ -201,8 +200,10 @@ class Dispatcher:
             return None
         if self._clock.now() + pause >= route.deadline:
             return None
-        if not exempt and not route.reserved:
-            route.reserved = self._retries.reserve(self._active)
+        # What has begun is not given up because much else has broken with it: it only moves.
+        if not exempt and not route.has_begun and not route.reserved:
+            wait_s = min(self._settings.retry_wait_s, route.deadline - self._clock.now() - pause)
+            route.reserved = await self._retries.reserve(self._active, wait_s)
             if not route.reserved:
                 return None
         return pause

@@ -90,6 +90,7 @@ class Picker:
             lambda: self._try(route),
             max(0.0, route.deadline - self._clock.now()),
             selective=bool(route.tried),
+            admitted=bool(route.tried),
             came_at=route.came_at,
             priority=request.priority if isinstance(request, GenerateRequest) else 0,
             size=route.cost / self._typical_cost(),

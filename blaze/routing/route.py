@@ -41,6 +41,7 @@ class Route:
     was_probe: bool = False  # the last attempt: sent to find out whether a replica has recovered
     reserved: bool = False  # of the budget for retries
     ahead: Lease | None = None  # a place that it goes to next
+    has_begun: bool = False  # its reader has had some of the answer
 
     def note_failure(self, replica_id: ReplicaId, error: ErrorInfo, *, died_at_work: bool) -> None:
         self.tried.append(replica_id)

@@ -11,6 +11,7 @@ from blaze.routing.trip import BreakerSettings
 class DispatchSettings:
     max_retries: int = 2  # further attempts after an error
     max_lost: int = 8  # further attempts after a replica went away
+    retry_wait_s: float = 5.0  # for leave to repeat a request while too many are being repeated
     retry_pause: float = 1.0  # times the usual pauses
     request_timeout_s: float = 600.0
     max_queued: int = 256

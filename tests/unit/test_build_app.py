@@ -100,7 +100,7 @@ def test_settings_of_the_health_actor_replace_those_who_follow_them() -> None:
 
 
 def test_a_model_that_comes_leaves_the_others_alone() -> None:
-    assert changed(config(BOTH[0]), config(*BOTH)) == {"simulator-two", "Router"}
+    assert changed(config(BOTH[0]), config(*BOTH)) == {"simulator-two", "Router", "Health"}
 
 
 def test_weights_that_are_written_over_in_place_are_other_weights(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from blaze.errors import EngineFailure, InvalidRequest, Overloaded, ReplicaLost
 from blaze.routing.columns import Columns, Places
 from blaze.routing.orders import Orders
 from blaze.routing.outcome import Outcome
+from blaze.routing.retries import RetryBudget
 from blaze.routing.route import affinity_key
 from blaze.routing.strategies import STRATEGY_NAMES
 from blaze.routing.strategy import Ask, Pick
@@ -227,7 +228,7 @@ async def test_whoever_is_more_urgent_waits_less() -> None:
 
 async def test_the_budget_holds_while_retries_pause_and_wait() -> None:
     pool = FakePool(tuple("abcdefgh"), next_scripts=[[EngineFailure("first")] for _ in range(60)], held=True)
-    bench = RoutingBench(pool, max_retries=1, retry_pause=1.0, max_in_flight=64)
+    bench = RoutingBench(pool, max_retries=1, retry_pause=1.0, max_in_flight=64, retry_wait_s=0.0)
     tasks = [asyncio.create_task(bench.ask(text_request())) for _ in range(60)]
     await until(lambda: len(pool.open_calls) == 60)
     pool.held = False
@@ -235,6 +236,58 @@ async def test_the_budget_holds_while_retries_pause_and_wait() -> None:
         call.release()
     await asyncio.gather(*tasks)
     assert 0 < bench.dispatcher.counters()[0].retries <= 12  # 20 % of 60
+
+
+async def test_whoever_finds_no_leave_to_try_again_waits_for_it() -> None:
+    """Many that fail at once are all answered, and few of them are repeated at a time."""
+    pool = FakePool(tuple("abcdefgh"), next_scripts=[[EngineFailure("first")] for _ in range(60)], held=True)
+    bench = RoutingBench(pool, max_retries=1, max_in_flight=64)
+    tasks = [asyncio.create_task(bench.ask(text_request())) for _ in range(60)]
+    await until(lambda: len(pool.open_calls) == 60)
+    for call in tuple(pool.open_calls):
+        call.release()
+    answered = 60
+    while answered < 120:
+        await until(lambda so_far=answered: len(pool.open_calls) > so_far)
+        for _ in range(20):  # whoever has leave has used it
+            await asyncio.sleep(0)
+        assert sum(bench.in_flight.values()) <= 12  # 20 % of 60
+        for call in pool.open_calls[answered:]:
+            answered += 1
+            call.release()
+    assert [text_of(events) for events in await asyncio.gather(*tasks)] == ["ok"] * 60
+
+
+async def test_waiting_for_leave_ends_with_the_deadline() -> None:
+    pool = FakePool(("a",), next_scripts=[[EngineFailure("first")] for _ in range(4)], held=True)
+    bench = RoutingBench(pool, max_retries=1)
+    deadlines = (None, None, None, 0.05)
+    tasks = [asyncio.create_task(bench.ask(text_request(timeout_s=timeout_s))) for timeout_s in deadlines]
+    await until(lambda: len(pool.open_calls) == 4)
+    for call in tuple(pool.open_calls):
+        call.release()
+    await until(lambda: len(pool.open_calls) == 7)
+    (late,) = await tasks[3]
+    assert isinstance(late, Failed)
+    assert late.error.message == "first"
+    for call in tuple(pool.open_calls):
+        call.release()
+    assert [text_of(events) for events in await asyncio.gather(*tasks[:3])] == ["ok"] * 3
+
+
+async def test_whoever_leaves_gives_the_leave_back() -> None:
+    budget = RetryBudget()
+    assert [await budget.reserve(0, 0.0) for _ in range(4)] == [True, True, True, False]
+    waiting = [asyncio.create_task(budget.reserve(0, 60.0)) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    budget.give_back()  # before the first has seen that it is cancelled
+    assert await waiting[1]
+    waiting[2].cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    for _ in range(3):
+        budget.give_back()
+    assert [await budget.reserve(0, 0.0) for _ in range(4)] == [True, True, True, False]
 
 
 async def test_moves_off_a_replica_that_is_gone_use_none_of_the_budget() -> None:

@@ -39,7 +39,7 @@ from blaze.types import (
 from tests.breaking_pool import PROMPT, BreakingPool, asked, flat, whole
 from tests.fakes import FakeCall, FakePool
 from tests.routing_bench import RoutingBench
-from tests.samples import image_request, text_of
+from tests.samples import collect, image_request, text_of
 from tests.waiting import until
 
 LOST = st.sampled_from([ReplicaLost("died"), ReplicaUnreachable("away"), ReplicaStopping("drained")])
@@ -188,6 +188,33 @@ async def test_replicas_that_do_not_die_are_no_sign_of_poison(error: BlazeError)
 async def test_replicas_that_die_before_they_began_are_no_sign_of_poison() -> None:
     pool = BreakingPool(tuple("abcd"), breaks=[(0, ReplicaLost("died"))] * 3)
     assert text_of(await RoutingBench(pool).ask(asked())) == "0.0 0.1 0.2 0.3 "
+
+
+async def test_all_that_runs_on_a_replica_breaks_at_once_and_goes_on() -> None:
+    """As in a failed step of its engine: many more than are begun anew at a time."""
+    pool = BreakingPool(("a", "b"), held=True, breaks=[(3, EngineFailure("raised"))] * 30)
+    bench = RoutingBench(pool, max_in_flight=64, retry_pause=1.0)
+    asking = [asyncio.create_task(bench.ask(asked())) for _ in range(30)]
+    await until(lambda: len(pool.open_calls) == 30)
+    pool.held = False
+    for call in tuple(pool.open_calls):
+        call.release()
+    assert [text_of(events) for events in await asyncio.gather(*asking)] == ["0.0 0.1 0.2 0.3 "] * 30
+    assert sum(bench.in_flight.values()) == 0
+
+
+async def test_a_full_queue_turns_no_answer_away_that_has_begun() -> None:
+    pool = BreakingPool(("a", "b"))
+    bench = RoutingBench(pool, max_in_flight=1, max_queued=1)
+    first, second = [await bench.dispatcher.open(asked()) for _ in range(2)]
+    waiting = asyncio.create_task(bench.ask(asked()))
+    await until(lambda: bench.waiting == 1)
+    pool.open_calls[0].play([ReplicaLost("died")])
+    reading = asyncio.create_task(collect(first))
+    await until(lambda: bench.waiting == 2)
+    await collect(second)
+    assert text_of(await reading) == "0.0 0.1 0.2 0.3 "
+    assert text_of(await waiting) == "0.0 0.1 0.2 0.3 "
 
 
 # --- Replicas that say nothing -----------------------------------------------------------------------

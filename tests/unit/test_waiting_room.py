@@ -32,8 +32,8 @@ class Desk:
     def attempt(self) -> Lease | None:
         return self.table.lease("a") if len(self.table.eligible()) else None
 
-    async def wait(self, timeout_s: float = FOREVER_S) -> Lease:
-        return await self.room.wait(self.attempt, timeout_s)
+    async def wait(self, timeout_s: float = FOREVER_S, *, admitted: bool = False) -> Lease:
+        return await self.room.wait(self.attempt, timeout_s, admitted=admitted)
 
     @property
     def in_flight(self) -> int:
@@ -99,6 +99,16 @@ async def test_a_full_room_refuses_at_once(max_queued: int) -> None:
     held.release(Outcome.SUCCESS)
     for task in tasks:
         (await task).release(Outcome.SUCCESS)
+
+
+async def test_whoever_has_been_at_work_before_is_let_into_a_full_room() -> None:
+    desk = Desk(max_queued=0)
+    held = desk.table.lease("a")
+    moved = asyncio.create_task(desk.wait(admitted=True))
+    await until(lambda: len(desk.room) == 1)
+    held.release(Outcome.SUCCESS)
+    (await moved).release(Outcome.SUCCESS)
+    assert desk.in_flight == 0
 
 
 async def test_the_deadline_ends_the_wait_with_overloaded() -> None:

@@ -1,0 +1,1 @@
+"""Seeded runs of faults under load: `python -m tests.chaos`."""

@@ -1,0 +1,110 @@
+"""What is done to a cluster: by signals, over a handle, by the management API."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from blaze.config import APP_NAME
+from blaze.engines.faults import Faults
+from tests.chaos.schedule import SeenReplica
+from tests.cluster.served import Served
+
+_PATIENCE_S = 10.0
+STRATEGIES = ("round_robin", "least_connections", "least_response_time", "ip_hash", "adaptive")
+
+
+class Effects:
+    def __init__(self, app: Served) -> None:
+        self._app = app
+        self._config = copy.deepcopy(app.config)
+        self._frozen: set[int] = set()  # pids
+
+    # --- What there is -----------------------------------------------------------------------------------
+
+    def replicas(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.status()["replicas"]
+        return found
+
+    def status(self) -> dict[str, Any]:
+        return self._app.status()
+
+    def seen(self) -> list[SeenReplica]:
+        return [
+            SeenReplica(r["id"], r["model"], r["state"] == "ready" and r["breaker"] == "closed")
+            for r in self.replicas()
+        ]
+
+    def pid(self, replica_id: str) -> int:
+        return next(int(r["pid"]) for r in self.replicas() if r["id"] == replica_id)
+
+    def router_pids(self) -> list[int]:
+        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+        details = ServeSubmissionClient(self._app.cluster.dashboard).get_serve_details()
+        routers = details["applications"][APP_NAME]["deployments"]["Router"]["replicas"]
+        return sorted(int(r["pid"]) for r in routers if r["state"] == "RUNNING" and r.get("pid"))
+
+    def is_deployed(self) -> bool:
+        return self._app.cluster.progress().status == "RUNNING"
+
+    # --- What is done ------------------------------------------------------------------------------------
+
+    def kill(self, pid: int) -> None:
+        _signal(pid, signal.SIGKILL)
+
+    def freeze(self, pid: int) -> None:
+        self._frozen.add(pid)
+        _signal(pid, signal.SIGSTOP)
+
+    def end_frozen(self, pid: int) -> bool:
+        """A frozen process would outlive the cluster. False: somebody else has ended it already."""
+        self._frozen.discard(pid)
+        return _signal(pid, signal.SIGKILL)
+
+    def end_all_frozen(self) -> None:
+        for pid in tuple(self._frozen):
+            self.end_frozen(pid)
+
+    async def set_faults(self, model: str, replica_id: str, faults: Faults) -> None:
+        """All of them on one event loop: Serve's handles are bound to theirs."""
+        from ray import serve
+
+        handle = serve.get_deployment_handle(f"simulator-{model}", APP_NAME)
+        method = handle.options(method_name="set_faults")
+        await asyncio.wait_for(method.remote(faults, blaze_pin=replica_id), _PATIENCE_S)
+
+    def drain(self, replica_id: str, draining: bool) -> None:
+        self._post(f"replicas/{replica_id}/drain", {"draining": draining})
+
+    def set_strategy(self, model: str, strategy: str) -> None:
+        self._post("strategy", {"model": model, "strategy": strategy})
+
+    def redeploy(self) -> None:
+        """With one more slot per simulator, or one less: everything gets a new version."""
+        for model in self._models():
+            if "simulator" in model:
+                model["simulator"]["slots"] = 17 - model["simulator"]["slots"]
+        self._app.cluster.deploy(self._config)
+
+    def _models(self) -> Sequence[dict[str, Any]]:
+        models: Sequence[dict[str, Any]] = self._config["applications"][0]["args"]["models"]
+        return models
+
+    def _post(self, path: str, body: dict[str, Any]) -> None:
+        url = f"{self._app.url}/api/v1/blaze/{path}"
+        httpx.post(url, json=body, timeout=_PATIENCE_S, trust_env=False).raise_for_status()
+
+
+def _signal(pid: int, number: signal.Signals) -> bool:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True

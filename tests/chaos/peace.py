@@ -1,0 +1,59 @@
+"""After the faults: everything has to become as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from tests.chaos.effects import Effects
+from tests.chaos.models import Model
+from tests.streams import ask
+
+_AT_ONCE = 4  # requests per model: a breaker closes by requests only
+
+
+async def settle(
+    effects: Effects, models: Sequence[Model], client: httpx.AsyncClient, url: str, *, within_s: float
+) -> tuple[str, ...]:
+    """What is still not well at the end of the time."""
+    rng, give_up = random.Random(0), time.monotonic() + within_s
+    wanted = {model.name: model.replicas for model in models}
+    while True:
+        try:
+            status = await asyncio.to_thread(effects.status)
+            unwell = what_is_unwell(status, wanted)
+            if not await asyncio.to_thread(effects.is_deployed):
+                unwell = (*unwell, "the application is not RUNNING")
+        except (httpx.HTTPError, OSError, RuntimeError) as error:
+            unwell = (f"status: {type(error).__name__}: {error}",)
+        if not unwell or time.monotonic() > give_up:
+            return unwell
+        asked = [model.draw(rng) for model in models for _ in range(_AT_ONCE)]
+        await asyncio.gather(*(ask(client, url + one.path, one.body) for one in asked))
+        await asyncio.sleep(0.75)  # every Router has reported since
+
+
+def what_is_unwell(status: Mapping[str, Any], wanted: Mapping[str, int]) -> tuple[str, ...]:
+    """Of an application that nobody asks anything of. ``wanted``: replicas per model."""
+    ready = Counter(r["model"] for r in status["replicas"] if r["state"] == "ready")
+    found = [
+        f"{name}: {ready[name]} of {count} replicas ready"
+        for name, count in wanted.items()
+        if ready[name] != count
+    ]
+    for replica in status["replicas"]:
+        if replica["state"] != "ready":
+            found.append(f"{replica['id']} is {replica['state']}")
+        if replica["breaker"] != "closed":
+            found.append(f"{replica['id']}: breaker {replica['breaker']}")
+        for counter in ("in_flight", "running", "queued"):
+            if replica[counter]:
+                found.append(f"{replica['id']}: leaked, {counter} {replica[counter]}")
+    found += [f"{m['name']}: leaked, {m['waiting']} waiting" for m in status["models"] if m["waiting"]]
+    return tuple(found)

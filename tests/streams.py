@@ -1,0 +1,141 @@
+"""Clients that read whole answers and streams, and miss nothing that is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+Body = Mapping[str, Any]
+
+
+@dataclass
+class Answer:
+    """What a client has read of one answer, by choice, and its longest wait between two pieces of text."""
+
+    texts: dict[int, str] = field(default_factory=dict)
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+    usage: dict[str, Any] | None = None
+    ids: set[str] = field(default_factory=set)
+    replica: str | None = None  # the first to answer
+    status: int | None = None  # None: no response came
+    trouble: str | None = None  # why it is no whole answer
+    done: bool = False
+    left: bool = False  # the client itself went away
+    first_text_s: float | None = None
+    longest_gap_s: float = 0.0
+    started_at: float = 0.0  # of the monotonic clock
+    ended_at: float = 0.0
+    _last_at: float | None = None
+
+    @property
+    def text(self) -> str:
+        return self.texts.get(0, "")
+
+    @property
+    def tokens(self) -> tuple[int | None, int | None, int | None]:
+        """Of the prompt, of the answer, of both; how many were cached depends on what came before."""
+        usage = self.usage or {}
+        return usage.get("prompt_tokens"), usage.get("completion_tokens"), usage.get("total_tokens")
+
+    @property
+    def lost(self) -> str | None:
+        """Why, in a few words; None: it is whole, or nobody wanted it any more."""
+        if self.trouble is not None or self.left:
+            return self.trouble
+        if self.status != 200:
+            return f"status {self.status}"
+        return None if self.done else "no [DONE]"
+
+    def take_line(self, line: str, now: float) -> None:
+        """One line of a stream of server-sent events."""
+        if not line.startswith("data: "):
+            return
+        if line == "data: [DONE]":
+            self.done = True
+            return
+        chunk = json.loads(line.removeprefix("data: "))
+        if "error" in chunk:
+            self.trouble = f"error event: {chunk['error'].get('message')}"
+        else:
+            self.take_chunk(chunk, now)
+
+    def take_chunk(self, chunk: Mapping[str, Any], now: float) -> None:
+        self.ids.add(chunk["id"])
+        self.usage = chunk.get("usage") or self.usage
+        for choice in chunk["choices"]:
+            index = choice["index"]
+            text = choice["text"] if "text" in choice else choice["delta"].get("content")
+            if text:
+                self._note_text(now)
+                self.texts[index] = self.texts.get(index, "") + text
+            if choice["finish_reason"]:
+                self.finish_reasons[index] = choice["finish_reason"]
+
+    def take_whole(self, body: Mapping[str, Any]) -> None:
+        self.ids.add(body["id"])
+        self.usage, self.done = body["usage"], True
+        for choice in body["choices"]:
+            text = choice["text"] if "text" in choice else choice["message"]["content"]
+            self.texts[choice["index"]] = text
+            self.finish_reasons[choice["index"]] = choice["finish_reason"]
+
+    def end(self, now: float) -> None:
+        """The silence before an end that is none counts, too."""
+        self.ended_at = now
+        if self.lost is not None and self._last_at is not None:
+            self.longest_gap_s = max(self.longest_gap_s, now - self._last_at)
+
+    def _note_text(self, now: float) -> None:
+        if self._last_at is None:
+            self.first_text_s = now - self.started_at
+        else:
+            self.longest_gap_s = max(self.longest_gap_s, now - self._last_at)
+        self._last_at = now
+
+
+async def ask(
+    client: httpx.AsyncClient, url: str, body: Body, *, leave_after_s: float | None = None
+) -> Answer:
+    """Never raises for what becomes of the answer. ``leave_after_s``: the client goes away in mid-stream."""
+    answer = Answer(started_at=time.monotonic())
+    try:
+        if body.get("stream"):
+            await _read_stream(client, url, body, answer, leave_after_s)
+        else:
+            response = await client.post(url, json=body)
+            answer.status, answer.replica = response.status_code, response.headers.get("x-blaze-replica")
+            if response.status_code == 200:
+                answer.take_whole(response.json())
+            else:
+                answer.trouble = f"status {response.status_code}: {response.text[:200]}"
+    except (httpx.HTTPError, ValueError) as error:
+        answer.trouble = f"{type(error).__name__}: {error}"
+    answer.end(time.monotonic())
+    return answer
+
+
+async def _read_stream(
+    client: httpx.AsyncClient, url: str, body: Body, answer: Answer, leave_after_s: float | None
+) -> None:
+    async with client.stream("POST", url, json=body) as response:
+        answer.status, answer.replica = response.status_code, response.headers.get("x-blaze-replica")
+        if response.status_code != 200:
+            answer.trouble = f"status {response.status_code}: {(await response.aread())[:200]!r}"
+            return
+        async for line in response.aiter_lines():
+            now = time.monotonic()
+            answer.take_line(line, now)
+            if leave_after_s is not None and now - answer.started_at > leave_after_s and not answer.done:
+                answer.left = True
+                return
+
+
+def new_client(*, timeout_s: float = 60.0) -> httpx.AsyncClient:
+    """``timeout_s``: the longest silence that a client puts up with."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    return httpx.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False)
