@@ -110,6 +110,7 @@ def test_a_model_that_cannot_be_started_says_why_and_others_serve(app: Served) -
         503,
         {
             "ready": False,
+            "draining": False,
             "missing": ["broken"],
             "reasons": {"broken": "replicas could not be started (ModelSourceError)"},
         },
