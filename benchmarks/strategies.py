@@ -26,7 +26,7 @@ from benchmarks import machine
 from benchmarks import strategies_on_serve as on_serve
 from benchmarks.line_chart import line_chart
 from benchmarks.strategies_routers import RAY_ROUTERS
-from benchmarks.strategies_simulation import REPEATED, UNBROKEN, simulate
+from benchmarks.strategies_simulation import ATTEMPTS, REPEATED, UNBROKEN, simulate
 from benchmarks.strategies_workload import SERVED, SIMULATED, Measured, Tally, Workload
 from blaze.routing.strategies import STRATEGY_NAMES
 
@@ -38,7 +38,7 @@ TWO = "ray_two_choices"
 TARGETS = {TURNS: 0.5, "ray_round_robin": 0.5, TWO: 0.8}  # adaptive's p99 TTFT, in those of the others
 VARIANTS = (OURS + UNBROKEN, TWO + REPEATED)  # what breakers cost, and what it costs to answer all
 CONTESTANTS = (*STRATEGY_NAMES, *RAY_ROUTERS, *VARIANTS)
-ON_SERVE = (OURS, TURNS, "least_connections")
+ON_SERVE = (OURS, TURNS, "least_connections", *RAY_ROUTERS)
 
 
 # --- Simulation --------------------------------------------------------------------------------------
@@ -80,42 +80,51 @@ def plot(rows: Sequence[Measured], path: Path) -> None:
 
 
 def serve(
-    workload: Workload, loads: Sequence[float], routers: Sequence[str], *, seconds: float
-) -> Iterator[tuple[Measured, on_serve.Turn]]:
-    def play(server: on_serve.Server, name: str, load: float) -> tuple[Measured, on_serve.Turn]:
-        tally = Tally(seconds / 4, seconds)
-        turn = asyncio.run(server.play(workload.arrivals(load, seconds, seed=0), tally))
-        return Measured.of(name, load, [tally]), turn
+    workload: Workload, loads: Sequence[float], contestants: Sequence[str], *, rounds: int, seconds: float
+) -> Iterator[tuple[Measured, list[on_serve.Turn]]]:
+    """Each contestant on a cluster of its own, and there all of its turns."""
 
-    with on_serve.blaze(workload) as (server, change):
-        for load in loads:
-            for name in ON_SERVE:
-                change(name)
-                yield play(server, name, load)
-    for name in routers:
-        with on_serve.ray(name, workload) as server:
+    def play(server: on_serve.Server, name: str, load: float) -> tuple[Measured, list[on_serve.Turn]]:
+        tallies, turns = [Tally(seconds / 4, seconds) for _ in range(rounds)], []
+        for seed, tally in enumerate(tallies):
+            asked = workload.arrivals(load, seconds, seed)
+            attempts = ATTEMPTS if name.endswith(REPEATED) else 1
+            turns.append(asyncio.run(server.play(asked, tally, attempts=attempts)))
+        return Measured.of(name, load, tallies), turns
+
+    ours = [name for name in contestants if name in STRATEGY_NAMES]
+    if ours:
+        with on_serve.blaze(workload) as (server, change):
             for load in loads:
-                yield play(server, name, load)
+                for name in ours:
+                    change(name)
+                    yield play(server, name, load)
+    for router in RAY_ROUTERS:
+        theirs = [name for name in contestants if name.removesuffix(REPEATED) == router]
+        if theirs:
+            with on_serve.ray(router, workload) as server:
+                for load in loads:
+                    for name in theirs:
+                        yield play(server, name, load)
 
 
 # --- All of it ---------------------------------------------------------------------------------------
 
 
-def report(rows: Sequence[Measured], turns: Sequence[on_serve.Turn] = ()) -> None:
+def report(rows: Sequence[Measured], turns: Sequence[list[on_serve.Turn]] = ()) -> None:
     print(
         f"{'load':>5}  {'':26}{'requests':>9}{'p50 s':>8}{'p99 s':>8}{'failed':>8}{'done/s':>8}"
         f"{'on slow':>9}{'failing':>9}"
-        + ("  cores of client, server, others; late by" if turns else "   p99 of the rounds")
+        + "   p99 of the rounds"
+        + ("; cores of client, server, others; late by" if turns else "")
     )
     for number, row in enumerate(rows):
         if row.load not in LOADS:
             continue
-        if turns:
-            turn = turns[number]
+        last = "   " + ", ".join(f"{value:.2f}" for value in row.rounds_p99_s)
+        for turn in turns[number] if turns else ():
             cores = (turn.client_cores, turn.server_cores, turn.others_cores)
-            last = f"  {', '.join(f'{value:.2f}' for value in cores)}; {1000 * turn.client_late_s:.0f} ms"
-        else:
-            last = "   " + ", ".join(f"{value:.2f}" for value in row.rounds_p99_s)
+            last += f"; {' '.join(f'{value:.2f}' for value in cores)}; {1000 * turn.client_late_s:.0f} ms"
         print(
             f"{row.load:>5.0%}  {row.name:26}{row.requests:>9}{row.ttft_p50_s:>8.3f}{row.ttft_p99_s:>8.2f}"
             f"{row.failures:>8}{row.finished_per_s:>8.2f}{row.slow_share:>9.1%}{row.failing_share:>9.1%}{last}"
@@ -123,6 +132,8 @@ def report(rows: Sequence[Measured], turns: Sequence[on_serve.Turn] = ()) -> Non
     for load in sorted({row.load for row in rows} & {*LOADS}):
         of = {row.name: row for row in rows if row.load == load}
         for rival, most in TARGETS.items():
+            if not {OURS, rival} <= of.keys():
+                continue
             ratio = of[OURS].ttft_p99_s / of[rival].ttft_p99_s
             met = ratio <= most and of[OURS].failures <= of[rival].failures
             print(
@@ -137,6 +148,11 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=6, help="of the simulation, each with a seed of its own"
     )
+    parser.add_argument("--turns", type=int, default=1, help="the same on Serve")
+    parser.add_argument("--loads", type=float, nargs="+", default=LOADS, choices=LOADS)
+    parser.add_argument(
+        "--contestants", nargs="+", default=ON_SERVE, help=f"on Serve, also Ray's with '{REPEATED}'"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="of load, for each turn on Serve")
     parser.add_argument(
         "--unknown", action="store_true", help="requests do not say how long their answers will be"
@@ -149,7 +165,7 @@ def main() -> None:
     print(whole["machine"])
     if options.only != "serve":
         rounds, seconds, warmup_s = (1, 60.0, 20.0) if options.quick else (options.rounds, 1200.0, 120.0)
-        simulated = sorted({*LOADS, *(PLOTTED if options.plot else ())})
+        simulated = sorted({*options.loads, *(PLOTTED if options.plot else ())})
         workload = replace(SIMULATED, known=not options.unknown)
         print(f"simulation: {rounds} rounds of {seconds:.0f} s, {workload}, {workload.capacity_per_s:.2f}/s")
         rows = simulation(workload, simulated, rounds=rounds, seconds=seconds, warmup_s=warmup_s)
@@ -159,15 +175,19 @@ def main() -> None:
             plot(rows, options.plot)
     if options.only != "simulation":
         workload = replace(SERVED, known=not options.unknown)
-        loads, routers = LOADS[: 1 if options.quick else None], (TWO,) if options.quick else (*RAY_ROUTERS,)
+        loads, contestants = options.loads, options.contestants
         if options.quick:
+            loads, contestants = LOADS[:1], (OURS, TURNS, "least_connections", TWO)
             workload = replace(workload, inter_token_ms=25.0)
         seconds = 4.0 if options.quick else options.seconds
         print(f"Serve: {seconds:.0f} s a turn, {workload}, {workload.capacity_per_s:.2f}/s")
-        played = list(serve(workload, loads, routers, seconds=seconds))
-        served, turns = [row for row, _ in played], [turn for _, turn in played]
+        played = []
+        for row, of_row in serve(workload, loads, contestants, rounds=options.turns, seconds=seconds):
+            played.append((row, of_row))
+            print(f"{row.load:.0%} {row.name}: p99 {row.ttft_p99_s:.2f}, failed {row.failures}", flush=True)
+        served, turns = [row for row, _ in played], [of_row for _, of_row in played]
         report(served, turns)
-        whole["serve"] = [row.row() | vars(turn) for row, turn in played]
+        whole["serve"] = [row.row() | {"turns": [vars(turn) for turn in of_row]} for row, of_row in played]
     if options.json:
         options.json.write_text(json.dumps(whole, indent=2), encoding="utf-8")
 

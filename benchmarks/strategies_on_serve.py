@@ -41,7 +41,8 @@ class Server:
     cluster_id: str
     attempts: Callable[[], list[int]] | None  # by rank, so far; None: answers name their replica
 
-    async def play(self, asked: Sequence[Arrival], tally: Tally) -> Turn:
+    async def play(self, asked: Sequence[Arrival], tally: Tally, *, attempts: int = 1) -> Turn:
+        """``attempts``: of the client, for what fails."""
         before = self.attempts() if self.attempts else []
         late: list[float] = []
         client_s, begin = time.process_time(), time.perf_counter()
@@ -50,20 +51,22 @@ class Server:
                 for arrival in asked:
                     await asyncio.sleep(max(0.0, begin + arrival.at_s - time.perf_counter()))
                     late.append(time.perf_counter() - begin - arrival.at_s)
-                    group.create_task(self._one(arrival, begin, tally))
+                    group.create_task(self._one(arrival, begin, tally, attempts))
         client = (time.process_time() - client_s) / (time.perf_counter() - begin)
         if self.attempts:
             await asyncio.sleep(3.0)  # the health actor hears of the last ones
             tally.attempts = [now - then for now, then in zip(self.attempts(), before, strict=True)]
         return Turn(client, use.own, use.others, p99(late))
 
-    async def _one(self, arrival: Arrival, begin: float, tally: Tally) -> None:
+    async def _one(self, arrival: Arrival, begin: float, tally: Tally, attempts: int) -> None:
         ttft_s: float | None = None
-        try:
-            async with asyncio.timeout(_PATIENCE_S):
-                ttft_s = await self._answer(arrival, begin, tally)
-        except (OSError, asyncio.IncompleteReadError, TimeoutError):
-            pass
+        while ttft_s is None and attempts > 0:
+            attempts -= 1
+            try:
+                async with asyncio.timeout(_PATIENCE_S):
+                    ttft_s = await self._answer(arrival, begin, tally)
+            except (OSError, asyncio.IncompleteReadError, TimeoutError):
+                pass
         tally.ended(arrival.at_s, ttft_s, time.perf_counter() - begin)
 
     async def _answer(self, arrival: Arrival, begin: float, tally: Tally) -> float | None:

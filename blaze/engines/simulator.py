@@ -150,7 +150,7 @@ class SimulatorEngine(RunsOperations):
         count, reason = self._end(sampling.max_tokens)
         prompt_ids = _prompt_ids(request.prompt)
         pending: list[Event] = [Started(prompt_ids, self._variant)]
-        wait_ms = self._options.ttft_ms
+        wait_ms, due_at = self._options.ttft_ms, asyncio.get_running_loop().time()
         done = min(map(len, request.generated), default=0)
         breaks_at = fate.breaks_at(done, count)
         for position in range(count):
@@ -163,7 +163,7 @@ class SimulatorEngine(RunsOperations):
                 if len(pending) > (position == 0):  # Started waits for the first token
                     yield tuple(pending)
                     pending = []
-                await self._pause(wait_ms * stretch, deadline)
+                due_at = await self._pause(due_at, wait_ms * stretch, deadline)
                 self._switch.check_running(fate)
             for index in range(sampling.n):
                 token = rng.randrange(len(_WORDS))
@@ -182,10 +182,18 @@ class SimulatorEngine(RunsOperations):
             return self._options.tokens, "stop"
         return max_tokens, "length"
 
-    async def _pause(self, milliseconds: float, deadline: float | None) -> None:
+    async def _pause(self, since: float, milliseconds: float, deadline: float | None) -> float:
+        """Returns when it was to end: the next one counts from there.
+
+        So late timers do not add up, and slots do what their pace says; who is behind by a whole pause, as
+        after a hang, does not hurry.
+        """
+        loop = asyncio.get_running_loop()
+        due_at = since + milliseconds / 1000.0 * self._slowdown * self._switch.slowdown
         async with asyncio.timeout_at(deadline):
-            await asyncio.sleep(milliseconds / 1000.0 * self._slowdown * self._switch.slowdown)
+            await asyncio.sleep(due_at - loop.time())
         await self._while_wedged(deadline)
+        return due_at if loop.time() - due_at < due_at - since else loop.time()
 
     async def _while_wedged(self, deadline: float | None) -> None:
         await self._switch.while_wedged(deadline)
