@@ -13,7 +13,8 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from deployments.data_plane import REPLICA_PORTS, fast_data_plane, private_proxy
 MARKER = "BLAZE_CLUSTER_ID"
 _OBJECT_STORE_BYTES = 512 * 1024 * 1024
 _START_ATTEMPTS = 2
+_given: deque[int] = deque(maxlen=1000)  # single ports: whoever got one may bind it much later
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,11 +243,14 @@ def processes(cluster_id: str) -> Iterator[psutil.Process]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, outside the range from which the system gives out ports.
+    """A port that nobody listens on, outside the range from which the system gives out ports; in this
+    process another one each time.
 
     From inside it, one of Ray's own processes could take the port before its owner has bound it.
     """
-    return _first_free(range(8_100, 10_000), 1)
+    port = _first_free([port for port in range(8_100, 10_000) if port not in _given], 1)
+    _given.append(port)
+    return port
 
 
 def free_block(size: int) -> int:
@@ -253,7 +258,7 @@ def free_block(size: int) -> int:
     return _first_free(range(10_000, 32_000, size), size)
 
 
-def _first_free(starts: range, size: int) -> int:
+def _first_free(starts: Sequence[int], size: int) -> int:
     for start in random.SystemRandom().sample(starts, len(starts)):
         if all(_is_free(port) for port in range(start, start + size)):
             return start
