@@ -24,6 +24,7 @@ class Answer:
     replica: str | None = None  # the first to answer
     status: int | None = None  # None: no response came
     trouble: str | None = None  # why it is no whole answer
+    error_code: str | None = None  # of an error that came as an event
     done: bool = False
     left: bool = False  # the client itself went away
     first_text_s: float | None = None
@@ -51,9 +52,23 @@ class Answer:
             return f"status {self.status}"
         return None if self.done else "no [DONE]"
 
+    @property
+    def is_whole(self) -> bool:
+        ended = bool(self.texts) and self.finish_reasons.keys() == self.texts.keys()
+        return self.lost is None and not self.left and ended and len(self.ids) == 1
+
+    @property
+    def is_ended_by_an_error(self) -> bool:
+        """A stream that had begun, and whose reader was told properly that there will be no more."""
+        told = self.error_code is not None and self.done
+        return self.status == 200 and told and not self.finish_reasons
+
     def take_line(self, line: str, now: float) -> None:
         """One line of a stream of server-sent events."""
         if not line.startswith("data: "):
+            return
+        if self.done:
+            self.trouble = f"after [DONE]: {line}"
             return
         if line == "data: [DONE]":
             self.done = True
@@ -61,6 +76,7 @@ class Answer:
         chunk = json.loads(line.removeprefix("data: "))
         if "error" in chunk:
             self.trouble = f"error event: {chunk['error'].get('message')}"
+            self.error_code = chunk["error"].get("code")
         else:
             self.take_chunk(chunk, now)
 
@@ -105,34 +121,59 @@ async def ask(
     answer = Answer(started_at=time.monotonic())
     try:
         if body.get("stream"):
-            await _read_stream(client, url, body, answer, leave_after_s)
+            async with client.stream("POST", url, json=body) as response:
+                if not _take_head(response, answer):
+                    _refused(answer, await response.aread())
+                    return answer
+                async for line in response.aiter_lines():
+                    answer.take_line(line, now := time.monotonic())
+                    late = leave_after_s is not None and now - answer.started_at > leave_after_s
+                    if late and not answer.done:
+                        answer.left = True
+                        break
         else:
-            response = await client.post(url, json=body)
-            answer.status, answer.replica = response.status_code, response.headers.get("x-blaze-replica")
-            if response.status_code == 200:
-                answer.take_whole(response.json())
-            else:
-                answer.trouble = f"status {response.status_code}: {response.text[:200]}"
+            _take_whole(await client.post(url, json=body), answer)
     except (httpx.HTTPError, ValueError) as error:
         answer.trouble = f"{type(error).__name__}: {error}"
-    answer.end(time.monotonic())
+    finally:
+        answer.end(time.monotonic())
     return answer
 
 
-async def _read_stream(
-    client: httpx.AsyncClient, url: str, body: Body, answer: Answer, leave_after_s: float | None
-) -> None:
-    async with client.stream("POST", url, json=body) as response:
-        answer.status, answer.replica = response.status_code, response.headers.get("x-blaze-replica")
-        if response.status_code != 200:
-            answer.trouble = f"status {response.status_code}: {(await response.aread())[:200]!r}"
-            return
-        async for line in response.aiter_lines():
-            now = time.monotonic()
-            answer.take_line(line, now)
-            if leave_after_s is not None and now - answer.started_at > leave_after_s and not answer.done:
-                answer.left = True
-                return
+def ask_in_thread(client: httpx.Client, url: str, body: Body) -> Answer:
+    """The same, for clients with a thread each."""
+    answer = Answer(started_at=time.monotonic())
+    try:
+        if body.get("stream"):
+            with client.stream("POST", url, json=body) as response:
+                if not _take_head(response, answer):
+                    _refused(answer, response.read())
+                    return answer
+                for line in response.iter_lines():
+                    answer.take_line(line, time.monotonic())
+        else:
+            _take_whole(client.post(url, json=body), answer)
+    except (httpx.HTTPError, ValueError) as error:
+        answer.trouble = f"{type(error).__name__}: {error}"
+    finally:
+        answer.end(time.monotonic())
+    return answer
+
+
+def _take_head(response: httpx.Response, answer: Answer) -> bool:
+    answer.status, answer.replica = response.status_code, response.headers.get("x-blaze-replica")
+    return answer.status == 200
+
+
+def _take_whole(response: httpx.Response, answer: Answer) -> None:
+    if _take_head(response, answer):
+        answer.take_whole(response.json())
+    else:
+        _refused(answer, response.content)
+
+
+def _refused(answer: Answer, content: bytes) -> None:
+    answer.trouble = f"status {answer.status}: {content[:200]!r}"
 
 
 def new_client(*, timeout_s: float = 60.0) -> httpx.AsyncClient:

@@ -38,9 +38,8 @@ class RoutedStream:
     def __init__(
         self, route: Route, attempt: Attempt | ErrorInfo, transcript: Transcript, onward: Onward
     ) -> None:
-        self.replica_id: ReplicaId = (
-            route.tried_last
-        )  # the first to answer; of an error, the last that was tried
+        # The first to answer; of an error, the last that was tried.
+        self.replica_id: ReplicaId = route.tried_last
         self.error = attempt if isinstance(attempt, ErrorInfo) else None  # when that is all of the answer
         self._route = route
         self._attempt = None if isinstance(attempt, ErrorInfo) else attempt

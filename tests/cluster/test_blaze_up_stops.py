@@ -121,8 +121,8 @@ def test_what_runs_when_it_is_told_to_stop_finishes_or_is_told_so(tmp_path: Path
         eventually(lambda: _refusal(url) == "draining", within_s=5.0)
         assert all(future.result().is_whole for future in short)
         for told in (future.result() for future in long):
-            assert [error["code"] for error in told.errors] == ["draining"]
-            assert (told.status, told.num_done, told.finish_reason, told.cut) == (200, 1, None, False)
+            assert told.is_ended_by_an_error
+            assert told.error_code == "draining"
         response = whole.result()
         assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
         assert response.headers["retry-after"]

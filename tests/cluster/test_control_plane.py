@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -19,6 +18,7 @@ import pytest
 
 from deployments.local import processes
 from tests.cluster.served import Served, answers, served, simulator
+from tests.cluster.sse import chat, read
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.cluster
@@ -71,32 +71,11 @@ def end_one(app: Served, name: str) -> None:
     os.kill(pids(app, name)[0], signal.SIGKILL)
 
 
-def body(number: int, **fields: Any) -> dict[str, Any]:
-    return {
-        "model": "sim",
-        "messages": [{"role": "user", "content": f"Story {number}."}],
-        "seed": number,
-    } | fields
-
-
 def stream(app: Served, number: int) -> str | None:
     """The text, or None when the connection broke. An error that is told is a failure of the test."""
-    text, finished = "", False
-    try:
-        with httpx.stream(
-            "POST", f"{app.url}/v1/chat/completions", json=body(number, stream=True), timeout=60
-        ) as response:
-            assert response.status_code == 200
-            for line in response.iter_lines():
-                if line == "data: [DONE]":
-                    finished = True
-                elif line.startswith("data: "):
-                    chunk = json.loads(line.removeprefix("data: "))
-                    assert "error" not in chunk, chunk
-                    text += chunk["choices"][0]["delta"].get("content") or ""
-    except httpx.RemoteProtocolError:
-        return None
-    return text if finished else None
+    answer = read(app.url, number)
+    assert answer.status in (200, None) and answer.error_code is None, answer
+    return answer.text if answer.is_whole else None
 
 
 @contextmanager
@@ -138,7 +117,9 @@ def short_requests(app: Served) -> Iterator[Load]:
             while not enough.is_set():
                 began = time.monotonic()
                 try:
-                    response = client.post(f"{app.url}/v1/chat/completions", json=body(0, max_tokens=4))
+                    response = client.post(
+                        f"{app.url}/v1/chat/completions", json=chat(0, stream=False, max_tokens=4)
+                    )
                     outcome = str(response.status_code)
                 except httpx.HTTPError as error:
                     outcome = type(error).__name__

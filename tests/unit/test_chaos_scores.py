@@ -140,8 +140,31 @@ def test_a_stream_is_read_to_its_last_line() -> None:
     assert (answer.longest_gap_s, answer.ended_at) == (24.0, 40.0)
     answer.take_line("data: [DONE]", 20.0)
     assert answer.lost is None
-    answer.take_line('data: {"error": {"message": "broken"}}', 20.0)
+    answer.take_line(f"data: {chunk}", 20.0)
+    assert answer.lost is not None
+    assert "after [DONE]" in answer.lost
+
+
+def test_an_answer_is_whole_when_each_choice_has_ended_under_one_id() -> None:
+    assert whole().is_whole
+    for change in (
+        {"ids": {"a", "b"}},
+        {"finish_reasons": {}},
+        {"done": False},
+        {"left": True},
+        {"status": 503},
+    ):
+        assert not replace(whole(), **change).is_whole, change
+
+
+def test_an_error_ends_a_stream_like_an_answer() -> None:
+    answer = Answer(status=200)
+    answer.take_line('data: {"error": {"message": "broken", "code": "draining"}}', 1.0)
     assert answer.lost == "error event: broken"
+    assert not answer.is_ended_by_an_error
+    answer.take_line("data: [DONE]", 1.0)
+    assert answer.is_ended_by_an_error
+    assert (answer.error_code, answer.is_whole) == ("draining", False)
 
 
 def record(began: float, ended: float, *, wrong: str | None = None, **change: Any) -> Record:
