@@ -18,6 +18,7 @@ from blaze.engine_config import DiffusionConfig
 from blaze.engines.channel import Bell, EventChannel
 from blaze.engines.diffusion.counter import NonFiniteCounter
 from blaze.engines.diffusion.job import Job
+from blaze.engines.diffusion.lanes import lanes_for
 from blaze.engines.diffusion.loop import DiffusionLoop
 from blaze.engines.diffusion.parameters import check_request
 from blaze.engines.diffusion.pipelines import LoadedPipeline, load_pipeline
@@ -92,6 +93,7 @@ class DiffusionEngine(ThreadedEngine[Job, LoadedPipeline]):
 
     def _work(self, loaded: LoadedPipeline) -> None:
         writer = ImageWriter(self._bell, self._counter)
+        lanes = lanes_for(loaded, self._options, self._threads)
         loop = DiffusionLoop(
             loaded,
             self._options,
@@ -100,6 +102,7 @@ class DiffusionEngine(ThreadedEngine[Job, LoadedPipeline]):
             counter=self._counter,
             stopping=self._stopping,
             launching=self._bell.ring,
+            lanes=lanes,
         )
         end: BlazeError = ReplicaStopping("The replica is shutting down.")
         try:
@@ -115,6 +118,8 @@ class DiffusionEngine(ThreadedEngine[Job, LoadedPipeline]):
         finally:
             loop.end(end)
             writer.close()
+            if lanes is not None:
+                lanes.close()
 
     def _take_new(self, loop: DiffusionLoop) -> None:
         """All that wait; when there is nothing else to do, wait for one."""

@@ -13,6 +13,7 @@ from blaze.engines.diffusion.counter import NonFiniteCounter
 from blaze.engines.diffusion.drawing import Drawing, Studio
 from blaze.engines.diffusion.hub import Hub
 from blaze.engines.diffusion.job import Job
+from blaze.engines.diffusion.lanes import Lanes
 from blaze.engines.diffusion.merger import Denoiser, Merger
 from blaze.engines.diffusion.pipelines import LoadedPipeline
 from blaze.engines.diffusion.writer import ImageWriter
@@ -37,6 +38,7 @@ class DiffusionLoop:
         counter: NonFiniteCounter,
         stopping: threading.Event,
         launching: Callable[[], None] = lambda: None,
+        lanes: Lanes | None = None,
     ) -> None:
         self._max_images = options.max_batch_size
         self._line = WaitingLine(grouped=not options.deterministic)
@@ -53,6 +55,7 @@ class DiffusionLoop:
                 fixed_rows=_fixed_rows(options) if options.deterministic else None,
                 on_step=progress.step,
                 activate=self._activate,
+                lanes=lanes,
             )
             self._hub = Hub(merger)
             stand_in = partial(self._hub.stand_in, Denoiser(getattr(loaded.pipeline, loaded.denoiser)))

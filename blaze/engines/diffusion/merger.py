@@ -11,6 +11,7 @@ from torch import nn
 
 from blaze.engines.diffusion.adapters import Adapters
 from blaze.engines.diffusion.arguments import Arguments, Signature, join
+from blaze.engines.diffusion.lanes import Lanes
 from blaze.engines.diffusion.outputs import are_close, is_finite, join_outputs, split, tensors_of
 
 logger = logging.getLogger(__name__)
@@ -98,11 +99,13 @@ class Merger:
         fixed_rows: int | None = None,
         on_step: Callable[[], None] = lambda: None,
         activate: Callable[[Adapters], None] = lambda _adapters: None,
+        lanes: Lanes | None = None,
     ) -> None:
         self._max_images = max_images
         self._fixed_rows = fixed_rows
         self._on_step = on_step
         self._activate = activate
+        self._lanes = lanes
         self._row_limits: dict[Hashable, int] = {}  # where memory ran out
         self._can_join: dict[Hashable, bool] = {}  # by structure, or with fixed rows by key: as was tried
 
@@ -138,6 +141,13 @@ class Merger:
         """Whether it has too many rows for one forward."""
         limit = self._limit(call)
         return limit is not None and call.rows > limit
+
+    def _is_one(self, calls: Sequence[DenoiserCall]) -> bool:
+        """Whether they are one call that runs as it is."""
+        return len(calls) == 1 and self._fixed_rows is None and not self._is_cut(calls[0])
+
+    def _may_split(self, call: DenoiserCall) -> bool:
+        return self._lanes is not None and self._lanes.may_split(call.rows)
 
     def _fitting(self, calls: Sequence[DenoiserCall]) -> Sequence[DenoiserCall]:
         """At least the first of them, which is cut into pieces if it does not fit."""
@@ -182,8 +192,7 @@ class Merger:
 
     def _outputs(self, calls: Sequence[DenoiserCall]) -> list[object]:
         first, limit, fixed = calls[0], self._limit(calls[0]), self._fixed_rows is not None
-        as_it_is = len(calls) == 1 and not fixed and not self._is_cut(first)
-        if first.arguments is None or as_it_is:
+        if first.arguments is None or (self._is_one(calls) and not self._may_split(first)):
             return [self._alone(call) for call in calls]
         verdict_key = (id(first.denoiser), first.arguments.structure, (first.key, limit) if fixed else None)
         if verdict_key not in self._can_join:
@@ -193,7 +202,8 @@ class Merger:
         return [self._alone(call) for call in calls]
 
     def _alone(self, call: DenoiserCall) -> object:
-        output = call.alone()
+        lanes = self._lanes
+        output = call.alone() if lanes is None else lanes.one(call.alone, call.rows, call.key)
         self._on_step()
         return output
 
@@ -213,7 +223,8 @@ class Merger:
         return split(output, [*sizes, *(1 for _ in padding)])[: len(parts)]
 
     def _plain(self, call: DenoiserCall, parts: Sequence[Arguments]) -> object:
-        output = call.denoiser.forward(**join(parts))
+        forward, lanes = call.denoiser.forward, self._lanes
+        output = forward(**join(parts)) if lanes is None else lanes.run(forward, parts, call.key)
         self._on_step()
         return output
 
@@ -225,7 +236,7 @@ class Merger:
         if not is_finite(alone):
             return alone  # which tells nothing of joining
         try:
-            joined = self._joined(calls)
+            joined = [self._in_halves(calls[0])] if self._is_one(calls) else self._joined(calls)
             same = all(are_close(mine, other) for mine, other in zip(joined, alone, strict=True))
             if same and self._fixed_rows is not None:
                 same = self._is_invariant(calls[0], joined[0])
@@ -250,6 +261,11 @@ class Merger:
             return self._alone(call)
         pieces = _pieces(call.arguments, max(1, limit // 2))
         return join_outputs([self._plain(call, [piece]) for piece in pieces])
+
+    def _in_halves(self, call: DenoiserCall) -> object:
+        assert call.arguments is not None
+        halves = _pieces(call.arguments, (call.rows + 1) // 2)
+        return join_outputs([self._plain(call, [piece]) for piece in halves])
 
     def _is_invariant(self, call: DenoiserCall, output: object) -> bool:
         """Whether the bits of a row depend neither on its place in the batch nor on its neighbours."""
