@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from blaze.engines.diffusion.lanes import Fastest, Lanes
 from blaze.engines.diffusion.pipelines import Task
 from blaze.types import Finished, ImageReady, ImageRequest, Progress
 from tests.golden.crowd import CASES, various
@@ -30,8 +31,10 @@ MOST_APART = 1e-4  # of latents, relative
 async def test_twelve_at_once_are_drawn_as_each_would_be_alone(
     name: str, task: Task, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder = Recorder(monkeypatch)
-    async with engine_of(folders[name], max_batch_size=8) as engine:
+    """Each forward on two threads where it has rows enough, whatever is the fastest."""
+    recorder, splits = Recorder(monkeypatch), count_splits(monkeypatch)
+    monkeypatch.setattr(Fastest, "choose", lambda _self, _key, ways: (ways[-1], False))
+    async with engine_of(folders[name], max_batch_size=8, threads=2) as engine:
         loaded = loaded_by(engine)
         assert loaded.whole_because is None
         requests = various(name, task, loaded)
@@ -50,6 +53,20 @@ async def test_twelve_at_once_are_drawn_as_each_would_be_alone(
         assert total >= int((request.num_inference_steps or 0) * (request.strength or 1.0)), request
         solo_steps += total
     assert steps < solo_steps / 2, "they were not merged"
+    assert len(splits) > 3
+
+
+def count_splits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of lanes of forwards that have more than one."""
+    splits: list[int] = []
+    split = Lanes._split
+
+    def counting(self: Lanes, forward: Any, hands: Any, threads: int) -> object:
+        splits.append(len(hands))
+        return split(self, forward, hands, threads)
+
+    monkeypatch.setattr(Lanes, "_split", counting)
+    return splits
 
 
 @pytest.mark.parametrize(("name", "task"), CASES, ids=[f"{name}-{task}" for name, task in CASES])
