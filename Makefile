@@ -21,18 +21,21 @@ $(STAMP): pyproject.toml constraints.txt
 serve: install
 	$(BIN)/blaze up $(CONFIG)
 
+# What is small runs on two cores at once; models and clusters use the whole machine by themselves.
+SMALL := tests/unit tests/property tests/contract
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(SMALL)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(SMALL))
 
 unit: install
-	$(BIN)/python -m pytest tests/unit tests/property tests/contract -m "not cluster and not models"
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(SMALL) -m "not cluster and not models"
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/unit tests/property tests/contract -m "not cluster and not models"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(SMALL) -m "not cluster and not models"
 
 # Faults under load, and all that has to be true nevertheless: about 15 minutes. More of it with
 # CHAOS_OPTIONS, see `python -m tests.chaos --help`, such as CHAOS_OPTIONS="--models sim,smollm2".

@@ -133,17 +133,18 @@ async def test_the_place_of_a_reader_that_leaves_goes_to_who_waits(monkeypatch: 
     await bench.engine.start()
     served: list[str] = []
     bench.runner.shape = lambda _logits, work: served.append(chr(work.sequence.token_ids[0]))
-    steps = itertools.count()
+    steps, held = itertools.count(), threading.Event()
 
     def hold_the_third() -> None:
         if next(steps) == 2:
             bench.gate.open.clear()
+            held.set()
         bench.gate()
 
     bench.runner.before_step = hold_the_third
     leaving = bench.engine.run(text_request(TextPrompt("d")))
     await anext(leaving)
-    await until_status(bench.engine, steps_done=2)
+    assert await asyncio.to_thread(held.wait, 10)
     waiting = asyncio.create_task(bench.ask(text_request(TextPrompt("e"))))
     await until_status(bench.engine, queued=1)
     await leaving.aclose()
