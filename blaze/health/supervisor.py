@@ -194,13 +194,13 @@ class Supervisor:
         self._forget_the_gone(now)
         replicas = [self._health(vitals, now) for vitals in self._vitals.values()]
         replicas.sort(key=lambda replica: (replica.heartbeat.model, replica.heartbeat.rank))
+        reports = sorted(self._reports.values(), key=lambda r: r[1].router_id)
+        limit = now - self._settings.suspect_after_s
         return ClusterView(
             replicas=tuple(replicas),
-            reports=tuple(
-                # The work of a Router that has died ends with it; its counters are kept for a while.
-                report.without_load() if now - at > self._settings.suspect_after_s else report
-                for at, report in sorted(self._reports.values(), key=lambda r: r[1].router_id)
-            ),
+            reports=tuple(report for at, report in reports if at >= limit),
+            # The work of a Router that has died ends with it; its counters are kept for a while.
+            silent=tuple(report.without_load() for at, report in reports if at < limit),
             events=self._journal.events(),
             restarts=self._journal.restarts(),
             conditions=self._conditions_now(now),

@@ -90,6 +90,7 @@ class FakeHealth:
         self.report = Method(self._report)
         self.view = Method(self._view)
         self.shown = RouterReport("nobody", (), ())  # the one that came with the last question
+        self.others: tuple[RouterReport, ...] = ()
 
     async def _change(self, change: Change, known: Control) -> Control:
         self.changes.append(change)
@@ -104,7 +105,7 @@ class FakeHealth:
     async def _view(self, report: RouterReport) -> ClusterView:
         self.shown = report
         await self._there()
-        return ClusterView((), (report,))
+        return ClusterView((), (report, *self.others))
 
     async def _there(self) -> None:
         if self.silent:
@@ -286,6 +287,19 @@ async def test_in_maintenance_nothing_new_is_begun_and_it_is_not_ready(bench: Be
     assert bench.service.readiness().ready
     assert (await bench.service.status())["draining"] is False
     assert len(await bench.ask(3)) == 3
+
+
+@pytest.mark.parametrize("bench", [{"replicas": 2}], indirect=True)
+async def test_in_maintenance_is_the_cluster_when_every_router_has_said_so(bench: Bench) -> None:
+    await bench.service.change(SetAllDraining(True))
+    seen = [(await bench.service.status())["draining"]]  # the health actor has just come back
+    drained = bench.health.shown.control
+    for other in (NO_CHANGES, drained):
+        bench.health.others = (RouterReport("router-2", (), (), other),)
+        seen.append((await bench.service.status())["draining"])
+    bench.health.silent = True
+    seen.append((await bench.service.status())["draining"])
+    assert seen == [False, False, True, False]
 
 
 # --- Following ---------------------------------------------------------------------------------------
