@@ -197,6 +197,7 @@ class News:
 
     control: Control
     peers: tuple[tuple[ReplicaId, PeerLoad], ...]
-    suspects: tuple[ReplicaId, ...]
+    suspects: tuple[ReplicaId, ...]  # nobody should be sent there
     prefixes: tuple[tuple[ReplicaId, bytes], ...] = ()
     conditions: tuple[ModelCondition, ...] = ()
+    condemned: tuple[ReplicaId, ...] = ()  # suspects that are not only silent: that is no mistake

@@ -246,7 +246,7 @@ class ClusterService:
         peers = dict(news.peers)
         for dispatcher in self._dispatchers.values():
             dispatcher.table.set_peers(peers)
-            dispatcher.set_suspects(news.suspects)
+            dispatcher.set_suspects(news.suspects, news.condemned)
             known = dispatcher.table.columns.place
             dispatcher.prefixes.learn((id, digest) for id, digest in news.prefixes if id in known)
         for name, dispatcher in self._dispatchers.items():

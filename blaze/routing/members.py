@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from blaze.reports import PeerLoad
 from blaze.routing.replica import Replica, ReplicaInfo
@@ -33,6 +33,12 @@ class Members:
             known = self._left.pop(replica_id) if replica_id in self._left else None
             replica = self.by_id[replica_id] = known or Replica(infos[replica_id], now)
             replica.joined_at = now
+
+    def doubtful(self, suspects: Collection[ReplicaId], condemned: Collection[ReplicaId]) -> set[ReplicaId]:
+        """Who should not be picked. If nobody is heard at all, it may be who listens that is cut off: then
+        only the ``condemned`` are out, of whom more is known than that they are silent."""
+        out = self.by_id.keys() & {*suspects, *condemned}
+        return out if len(out) < len(self.by_id) else self.by_id.keys() & set(condemned)
 
     def is_idle(self, replica: Replica) -> None:
         """Nothing runs there any more: if it has left, nothing is left of it."""

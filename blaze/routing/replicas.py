@@ -108,10 +108,11 @@ class ReplicaTable:
                 self.columns.weight[place] = orders.weights[replica_id]
         self.changed()
 
-    def set_suspects(self, suspects: Collection[ReplicaId]) -> set[ReplicaId]:
-        """Replicas that do not answer; returns new ones. If that is all, it is who asks that is cut off."""
-        known = set(suspects) & self._by_id.keys()
-        doubtful = known if len(known) < len(self._by_id) else set()
+    def set_suspects(
+        self, suspects: Collection[ReplicaId], condemned: Collection[ReplicaId] = ()
+    ) -> set[ReplicaId]:
+        """Who should not be picked, see :meth:`Members.doubtful`; returns new ones."""
+        doubtful = self._members.doubtful(suspects, condemned)
         before = {replica.id for replica in self._by_id.values() if replica.suspect}
         if doubtful != before:
             for replica in self._by_id.values():

@@ -457,3 +457,34 @@ async def test_a_replica_that_is_there_serves_whatever_is_said_of_its_model(benc
     async with await bench.service.open(replace(text_request(), model="n")) as stream:
         assert await collect(stream)
     assert bench.service.readiness().ready
+
+
+DEAD = replace(FAILING, reason="replicas failed again and again, and are not restarted any more")
+
+
+async def test_a_model_whose_replicas_are_all_given_up_is_refused_and_ready_says_so(bench: Bench) -> None:
+    waiting = asyncio.create_task(bench.service.open(replace(text_request(), model="n")))
+    await bench.hears(News(NO_CHANGES, (), ("x", "y"), conditions=(DEAD,), condemned=("x", "y")))
+    with pytest.raises(ModelUnavailable) as refused:
+        await bench.service.open(replace(text_request(), model="n"))
+    assert (refused.value.http_status, DEAD.reason in refused.value.message) == (503, True)
+    assert bench.service.readiness().missing == ("n",)
+    assert await bench.ask(3)  # the other model serves
+    await (await waiting).aclose()
+
+
+async def test_what_waits_for_a_replica_that_is_given_up_is_told(bench: Bench) -> None:
+    await bench.hears(News(NO_CHANGES, (), ("x", "y"), condemned=("x", "y")))  # they will be restarted
+    waiting = asyncio.create_task(bench.service.open(replace(text_request(), model="n")))
+    await until(lambda: bench.dispatcher("n").counters()[0].waiting == 1)
+    await bench.hears(News(NO_CHANGES, (), ("x", "y"), conditions=(DEAD,), condemned=("x", "y")))
+    with pytest.raises(ModelUnavailable):
+        await waiting
+
+
+async def test_a_health_actor_that_hears_nobody_keeps_nobody_from_serving(bench: Bench) -> None:
+    await bench.hears(News(NO_CHANGES, (), ("a", "b", "c", "x", "y"), conditions=(DEAD,)))
+    assert bench.service.readiness().ready
+    assert set(await bench.ask(12)) == {"a", "b", "c"}
+    async with await bench.service.open(replace(text_request(), model="n")) as stream:
+        assert await collect(stream)

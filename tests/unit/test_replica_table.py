@@ -372,6 +372,16 @@ def test_when_all_are_suspects_none_is() -> None:
     assert bench.eligible() == ["a", "b"]
 
 
+def test_when_all_are_suspects_those_are_out_of_which_more_is_known() -> None:
+    bench = TableBench("a", "b")
+    assert bench.table.set_suspects(["a", "b"], ["a"]) == {"a"}
+    assert bench.eligible() == ["b"]
+    assert bench.table.set_suspects(["a", "b"], ["a", "b"]) == {"b"}
+    assert bench.eligible() == []
+    bench.table.set_suspects([])
+    assert bench.eligible() == ["a", "b"]
+
+
 # --- Slow start --------------------------------------------------------------------------------------
 
 
