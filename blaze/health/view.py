@@ -56,6 +56,13 @@ class ClusterView:
                 grouped[replica.replica_id].append(replica)
         return {replica_id: _sum_replica(parts) for replica_id, parts in grouped.items()}
 
+    def unheard(self) -> tuple[ReplicaCounters, ...]:
+        """Replicas that Routers know of, and the health actor does not: it has just come back, or they have
+        just come or ended."""
+        heard = {replica.heartbeat.replica_id for replica in self.replicas}
+        known = {replica.replica_id for report in self.reports for replica in report.replicas}
+        return tuple(found for id, found in sorted(self.counters().items()) if id in known - heard)
+
     def models(self) -> dict[str, ModelCounters]:
         """Per model, summed over the Routers."""
         grouped: dict[str, list[ModelCounters]] = defaultdict(list)
@@ -81,6 +88,7 @@ def _sum_replica(parts: list[ReplicaCounters]) -> ReplicaCounters:
         ewma_ms=max((part.ewma_ms for part in parts if part.ewma_ms is not None), default=None),
         breaker=max((part.breaker for part in parts), key=_HOW_OPEN.index),
         draining=all(part.draining for part in parts),  # none of them sends it requests any more
+        node=first.node,
     )
 
 

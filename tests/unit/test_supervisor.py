@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from blaze.control import (
@@ -199,6 +201,16 @@ def test_everything_drains_when_each_router_says_so_of_the_same_drain() -> None:
             watch.supervisor.report(RouterReport(router_id, (), (), control))
         seen.append(watch.supervisor.view().is_draining)
     assert seen == [False, False, False, True, False]
+
+
+def test_a_router_that_has_died_keeps_no_drain_from_being_done() -> None:
+    watch = Watch()
+    counted = ReplicaCounters("a", "m", 3, 1.0, 7, 1)
+    watch.supervisor.report(report("r1", counted))
+    for drains in (False, True):
+        watch.supervisor.report(report("r2", replace(counted, in_flight=0, draining=True)))
+        assert watch.supervisor.view().counters()["a"].draining is drains
+        watch.clock.advance(3.1)
 
 
 def test_a_router_that_has_died_says_no_more_whether_everything_drains() -> None:
