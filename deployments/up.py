@@ -53,7 +53,7 @@ def up(path: Path, port: int | None, console: Console, *, grace_s: float = 30.0)
     check_port(host, port)
     check_resources(config)
     check_memory(config)
-    cluster = LocalCluster()
+    cluster = LocalCluster(request_timeout_s=config.router.request_timeout_s)
     url = f"http://{host}:{port}{(application.get('route_prefix') or '/').rstrip('/')}"
     with stopping_on_signals(), ExitStack() as undo:
         undo.callback(_stop_cluster, cluster, console)  # before the start: it may be cut off anywhere
