@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 
-from blaze.config import HealthConfig, ModelConfig, RouterConfig, parse_args
+from blaze.config import ROUTER_NAME, HealthConfig, ModelConfig, RouterConfig, parse_args
 from blaze.models.sources import check_sources
 from blaze.types import EngineKind
 from deployments.autoscaling import scaling_options
@@ -80,7 +80,7 @@ def _health_deployment() -> Deployment:
 def _router_deployment(router: RouterConfig) -> Deployment:
     return serve.deployment(
         Router,
-        name="Router",
+        name=ROUTER_NAME,
         num_replicas=router.replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MANY,
