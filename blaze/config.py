@@ -34,6 +34,7 @@ from blaze.key_config import ApiKeyConfig, check_unique
 from blaze.types import EngineKind
 
 APP_NAME = "blaze"
+ROUTER_NAME = "Router"  # of its deployment
 APP_IMPORT_PATH = "deployments.app:build_app"
 
 StrategyName = Literal[

@@ -66,12 +66,13 @@ def _left_of_all(status: dict[str, Any]) -> int | None:
 
 
 def _left_of_replicas(status: dict[str, Any], key: str, value: str) -> int | None:
-    if not status["replicas"]:  # the health actor is away
+    if not status["complete"]:  # the health actor is away, or a Router
         return None
     rows = [row for row in status["replicas"] if row[key] == value]
-    if any(row["state"] == "ready" for row in rows):
+    unheard = [row for row in status["unheard"] if row[key] == value]
+    if any(row["state"] == "ready" for row in rows) or not all(row["draining"] for row in unheard):
         return None
-    return sum(int(row["in_flight"]) for row in rows)
+    return sum(int(row["in_flight"]) for row in (*rows, *unheard))
 
 
 def wait_until_idle(base: str, drained: Target, show: Callable[[str], None]) -> None:

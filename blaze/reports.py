@@ -88,6 +88,7 @@ class ReplicaCounters:
     ewma_ms: float | None = None  # peak EWMA of response times; None: not measured yet
     breaker: str = "closed"
     draining: bool = False
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,11 +176,13 @@ class RouterReport:
     control: Control = NO_CHANGES  # what it follows
 
     def without_load(self) -> RouterReport:
-        """What it has counted, when nothing waits or runs for it any more."""
+        """What it has counted, when nothing waits or runs for it any more, and it sends nothing anywhere."""
         return replace(
             self,
             models=tuple(replace(model, waiting=0, open=0) for model in self.models),
-            replicas=tuple(replace(replica, in_flight=0, cost=0.0) for replica in self.replicas),
+            replicas=tuple(
+                replace(replica, in_flight=0, cost=0.0, draining=True) for replica in self.replicas
+            ),
         )
 
 
@@ -197,6 +200,7 @@ class News:
 
     control: Control
     peers: tuple[tuple[ReplicaId, PeerLoad], ...]
-    suspects: tuple[ReplicaId, ...]
+    suspects: tuple[ReplicaId, ...]  # nobody should be sent there
     prefixes: tuple[tuple[ReplicaId, bytes], ...] = ()
     conditions: tuple[ModelCondition, ...] = ()
+    condemned: tuple[ReplicaId, ...] = ()  # suspects that are not only silent: that is no mistake

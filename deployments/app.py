@@ -10,11 +10,11 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 
-from blaze.config import HealthConfig, ModelConfig, RouterConfig, parse_args
+from blaze.config import ROUTER_NAME, HealthConfig, ModelConfig, RouterConfig, parse_args
 from blaze.models.sources import check_sources
 from blaze.types import EngineKind
 from deployments.autoscaling import scaling_options
-from deployments.data_plane import check_bodies_fit, idle_connections_end_s
+from deployments.data_plane import check_bodies_fit, check_requests_outlive_updates, idle_connections_end_s
 from deployments.diffusion import DiffusionReplica
 from deployments.engine import EngineReplica
 from deployments.health import HealthActor
@@ -44,6 +44,7 @@ def build_app(args: dict[str, Any]) -> Application:
     config = parse_args(args)
     check_sources(config)
     check_bodies_fit(config.router.max_body_bytes)
+    check_requests_outlive_updates(config.router.request_timeout_s)
     # The Router and the health actor ask for no CPU: they must start on a node that engines have filled.
     names = {model.name: deployment_name(model) for model in config.models}
     health = bind(_health_deployment(), config.health, names)
@@ -79,7 +80,7 @@ def _health_deployment() -> Deployment:
 def _router_deployment(router: RouterConfig) -> Deployment:
     return serve.deployment(
         Router,
-        name="Router",
+        name=ROUTER_NAME,
         num_replicas=router.replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MANY,

@@ -7,6 +7,7 @@ itself, `cluster.yaml` sets them for every node.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from pathlib import Path
@@ -17,17 +18,24 @@ GRPC_MESSAGE_BYTES = 256 * 1024 * 1024  # Ray's own limit of 4 MiB is too small 
 
 
 _DRAINING = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
+_HARD_STOP = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
+_RAYS_HARD_STOP_S = 120
+_STOPS_S = 20  # until HAProxy has been replaced, and for the last bytes
+_LEAST_HARD_STOP_S, _MOST_HARD_STOP_S = 720, 2_000_000  # HAProxy counts in milliseconds, 31 bits of them
 
 
-def fast_data_plane() -> dict[str, str]:
-    """What every node of a cluster needs."""
+def fast_data_plane(*, request_timeout_s: float = 0.0) -> dict[str, str]:
+    """What every node of a cluster needs. ``request_timeout_s``: how long its requests may take; up to 10
+    minutes without being told."""
+    draining = os.environ.get(_DRAINING, "95")
+    hard_stop_s = min(_MOST_HARD_STOP_S, request_timeout_s + float(draining) + _STOPS_S)
     return {
         # When a Router is replaced, HAProxy is too: the old one serves the connections that it has, and sends
         # what comes on them to the Routers that it knows. A Router that stops must listen for longer than an
         # idle connection is kept (keep_alive_timeout_s of http_options, 90 s), and the old HAProxy must live
         # as long as the longest request that came on one of them.
-        _DRAINING: os.environ.get(_DRAINING, "95"),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "720",
+        _DRAINING: draining,
+        _HARD_STOP: os.environ.get(_HARD_STOP, str(max(_LEAST_HARD_STOP_S, math.ceil(hard_stop_s)))),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         # Serve's own is 0.1: on two cores every round of the controller is felt by whoever computes.
@@ -55,6 +63,20 @@ def fast_data_plane() -> dict[str, str]:
 def idle_connections_end_s() -> float:
     """How long a Router that stops still takes requests, on this node."""
     return float(os.environ.get(_DRAINING, "30"))
+
+
+def check_requests_outlive_updates(request_timeout_s: float) -> None:
+    """Raises :class:`ConfigError` when a HAProxy that is replaced would be ended before the last request that
+    came through it."""
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+        return
+    hard_stop_s = int(os.environ.get(_HARD_STOP, _RAYS_HARD_STOP_S))
+    most_s = hard_stop_s - idle_connections_end_s() - _STOPS_S
+    if request_timeout_s > most_s:
+        raise ConfigError(
+            f"router.request_timeout_s: {request_timeout_s:g} is more than the {most_s:g} s that answers "
+            f"may take while Routers are replaced; {_HARD_STOP} ({hard_stop_s}) is set where Ray is started"
+        )
 
 
 _RAYS_MESSAGE_BYTES = 4 * 1024 * 1024

@@ -50,9 +50,13 @@ class ApplicationProgress:
 class LocalCluster:
     """A context manager: inside it a Ray cluster runs on 127.0.0.1; after it nothing of it is left."""
 
-    def __init__(self, *, num_cpus: int | None = None, fast: bool = True) -> None:
+    def __init__(
+        self, *, num_cpus: int | None = None, fast: bool = True, request_timeout_s: float = 0.0
+    ) -> None:
+        """``request_timeout_s``: as in :func:`fast_data_plane`."""
         self.cluster_id = uuid.uuid4().hex
         self._num_cpus = num_cpus
+        self._request_timeout_s = request_timeout_s
         self._fast = fast
         self._folder = Path(tempfile.gettempdir()) / f"blaze-{self.cluster_id[:8]}"
         self._before: dict[str, str | None] = {}
@@ -131,7 +135,7 @@ class LocalCluster:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         }
         if self._fast:
-            variables |= fast_data_plane()
+            variables |= fast_data_plane(request_timeout_s=self._request_timeout_s)
             variables |= private_proxy(
                 self._folder / "haproxy",
                 metrics_port=free_port(),

@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -194,7 +195,8 @@ class ClusterService:
         self._control = control
 
     async def _view(self) -> ClusterView:
-        """The health actor's picture; while that is away, this Router's own numbers alone."""
+        """The health actor's picture; while that is away, this Router's own numbers alone. An actor that has
+        just come back has not heard of every Router yet."""
         report = self._report()
         try:
             view: ClusterView = await asyncio.wait_for(
@@ -204,8 +206,8 @@ class ClusterService:
             raise
         except Exception as error:
             logger.warning("the health actor does not answer: %s: %s", type(error).__name__, error)
-            return ClusterView(replicas=(), reports=(report,))
-        return view
+            return ClusterView(replicas=(), reports=(report,), is_whole=False)
+        return replace(view, is_whole=len(view.reports) >= self._config.router.replicas)
 
     def _report(self) -> RouterReport:
         models: list[ModelCounters] = []
@@ -244,7 +246,7 @@ class ClusterService:
         peers = dict(news.peers)
         for dispatcher in self._dispatchers.values():
             dispatcher.table.set_peers(peers)
-            dispatcher.set_suspects(news.suspects)
+            dispatcher.set_suspects(news.suspects, news.condemned)
             known = dispatcher.table.columns.place
             dispatcher.prefixes.learn((id, digest) for id, digest in news.prefixes if id in known)
         for name, dispatcher in self._dispatchers.items():

@@ -9,7 +9,7 @@ import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import psutil
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from blaze.config import (
     APP_NAME,
+    ROUTER_NAME,
     BlazeConfig,
     ModelConfig,
     blaze_application,
@@ -53,7 +54,7 @@ def up(path: Path, port: int | None, console: Console, *, grace_s: float = 30.0)
     check_port(host, port)
     check_resources(config)
     check_memory(config)
-    cluster = LocalCluster()
+    cluster = LocalCluster(request_timeout_s=config.router.request_timeout_s)
     url = f"http://{host}:{port}{(application.get('route_prefix') or '/').rstrip('/')}"
     with stopping_on_signals(), ExitStack() as undo:
         undo.callback(_stop_cluster, cluster, console)  # before the start: it may be cut off anywhere
@@ -67,13 +68,14 @@ def up(path: Path, port: int | None, console: Console, *, grace_s: float = 30.0)
         os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
         cluster.deploy(serve_config)
         app_name = application.get("name", APP_NAME)
-        wait_until_ready(cluster, app_name, url, console)
-        announce(config, url, cluster, console)
         try:
+            wait_until_ready(cluster, app_name, url, console)
+            announce(config, url, cluster, console)
             _watch(cluster)
         except Stopped:
             stop_on_signals()  # a second one ends the wait
-            _let_finish(cluster, app_name, grace_s, console)
+            if may_be_serving(cluster, app_name):
+                _let_finish(cluster, app_name, grace_s, console)
 
 
 def _record(cluster: LocalCluster, grace_s: float, *, url: str) -> None:
@@ -83,6 +85,19 @@ def _record(cluster: LocalCluster, grace_s: float, *, url: str) -> None:
             cluster.cluster_id, me.pid, me.create_time(), cluster.address, cluster.dashboard, url, grace_s
         )
     )
+
+
+class Progressing(Protocol):
+    def progress(self, app_name: str = APP_NAME) -> ApplicationProgress: ...
+
+
+def may_be_serving(cluster: Progressing, app_name: str) -> bool:
+    """A Router is there: one model may be served while another one still loads."""
+    try:
+        deployments = cluster.progress(app_name).deployments
+    except EnvironmentProblem:  # it may the next time
+        return True
+    return any(found.name == ROUTER_NAME and found.running for found in deployments)
 
 
 def _let_finish(cluster: LocalCluster, app_name: str, grace_s: float, console: Console) -> None:

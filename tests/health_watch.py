@@ -9,7 +9,7 @@ from blaze.health.restarts import Kill
 from blaze.health.settings import HealthSettings
 from blaze.health.supervisor import Supervisor
 from blaze.health.view import ReplicaHealth
-from blaze.reports import ModelCondition, ReplicaCounters, ReplicaState, RouterReport
+from blaze.reports import ModelCondition, News, ReplicaCounters, ReplicaState, RouterReport
 from blaze.types import ReplicaId
 from tests.fakes import FakeClock
 from tests.samples import heartbeat
@@ -72,8 +72,12 @@ class HealthWatch:
 
     def report(self) -> tuple[ReplicaId, ...]:
         """A Router's, which has all of them in its live set. Who is suspect."""
+        return self.news().suspects
+
+    def news(self) -> News:
+        """The answer to such a report."""
         counters = tuple(ReplicaCounters(p.id, p.model, 0, 1.0, 0, 0) for p in self.patients.values())
-        return self.supervisor.report(RouterReport("router", (), counters)).suspects
+        return self.supervisor.report(RouterReport("router", (), counters))
 
     def end(self, replica_id: ReplicaId) -> None:
         """Its process ends, and Serve brings another one."""

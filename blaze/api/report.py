@@ -28,6 +28,11 @@ def status_object(
         "draining": view.is_draining,
         "models": [_model_status(card, view, models.get(card.name)) for card in cards],
         "replicas": _replica_statuses(view),
+        "unheard": [
+            {"id": r.replica_id, "node": r.node, "draining": r.draining, "in_flight": r.in_flight}
+            for r in view.unheard()
+        ],
+        "complete": view.is_whole,
         "client_address": "available" if addresses else "unavailable",
         "events": _events(models.values(), view.events),
         "routers": [report.router_id for report in view.reports],

@@ -12,7 +12,7 @@ from blaze.health.journal import Journal
 from blaze.health.restarts import Kill, Restarts, slot_of
 from blaze.health.settings import HealthSettings
 from blaze.health.view import ClusterView, ReplicaHealth
-from blaze.health.vitals import Vitals
+from blaze.health.vitals import AilmentKind, Vitals
 from blaze.reports import (
     Heartbeat,
     ModelCondition,
@@ -41,6 +41,7 @@ class Supervisor:
         self._vitals: dict[ReplicaId, Vitals] = {}
         self._shown: dict[ReplicaId, ReplicaState] = {}
         self._ended: dict[ReplicaId, float] = {}  # and when that was found
+        self._out_of_reach: set[ReplicaId] = set()  # they could not be ended
         self._reports: dict[str, tuple[float, RouterReport]] = {}
         self._control = Control()
         self._unseen_since: dict[ReplicaId, float] = {}  # replicas that operators have settings for
@@ -79,6 +80,7 @@ class Supervisor:
                 if vitals.heartbeat.engine.prefixes
             ),
             self._conditions_now(now),
+            self._condemned(now),
         )
 
     def change(self, change: Change, known: Control) -> Control:
@@ -103,6 +105,20 @@ class Supervisor:
         """Also those that have ended, for as long as Routers may pick them."""
         unwell = (id for id, vitals in self._vitals.items() if self._health(vitals, now).state in _UNWELL)
         return (*unwell, *self._ended)
+
+    def _condemned(self, now: float) -> tuple[ReplicaId, ...]:
+        """Of those, the ones that are known to serve nobody. Of who is only silent that is not known: it may
+        be this actor that is cut off."""
+        found = (id for id, vitals in self._vitals.items() if self._is_condemned(id, vitals, now))
+        return (*found, *self._ended)
+
+    def _is_condemned(self, replica_id: ReplicaId, vitals: Vitals, now: float) -> bool:
+        state, ailment = self._health(vitals, now).state, vitals.ailment(now)
+        if state is ReplicaState.DEAD and replica_id not in self._out_of_reach:
+            return True  # it has failed, or was given up
+        if state in _UNWELL and ailment is not None and ailment.kind is not AilmentKind.SILENT:
+            return True
+        return state is ReplicaState.RESTARTING and not vitals.is_silent(now)
 
     def goodbye(self, replica_id: ReplicaId) -> None:
         """The replica is stopping in good order."""
@@ -170,6 +186,7 @@ class Supervisor:
         vitals = self._vitals.get(replica_id)
         if vitals is not None:
             self._restarts.not_ended(replica_id)
+            self._out_of_reach.add(replica_id)
             state = self._health(vitals, self._clock.now()).state
             reason = f"could not be ended: {why}"
             self._journal.note(vitals.heartbeat.model, replica_id, ReplicaState.RESTARTING, state, reason)
@@ -185,6 +202,7 @@ class Supervisor:
     def _forget(self, replica_id: ReplicaId) -> None:
         self._vitals.pop(replica_id, None)
         self._shown.pop(replica_id, None)
+        self._out_of_reach.discard(replica_id)
         self._restarts.gone(replica_id)
 
     # --- What is shown -------------------------------------------------------------------------------
@@ -194,13 +212,13 @@ class Supervisor:
         self._forget_the_gone(now)
         replicas = [self._health(vitals, now) for vitals in self._vitals.values()]
         replicas.sort(key=lambda replica: (replica.heartbeat.model, replica.heartbeat.rank))
+        reports = sorted(self._reports.values(), key=lambda r: r[1].router_id)
+        limit = now - self._settings.suspect_after_s
         return ClusterView(
             replicas=tuple(replicas),
-            reports=tuple(
-                # The work of a Router that has died ends with it; its counters are kept for a while.
-                report.without_load() if now - at > self._settings.suspect_after_s else report
-                for at, report in sorted(self._reports.values(), key=lambda r: r[1].router_id)
-            ),
+            reports=tuple(report for at, report in reports if at >= limit),
+            # The work of a Router that has died ends with it; its counters are kept for a while.
+            silent=tuple(report.without_load() for at, report in reports if at < limit),
             events=self._journal.events(),
             restarts=self._journal.restarts(),
             conditions=self._conditions_now(now),

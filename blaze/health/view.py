@@ -28,31 +28,45 @@ class ReplicaHealth:
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:
-    """Everything known at one moment, of all replicas and all Routers."""
+    """Everything known at one moment, of all replicas and all Routers.
+
+    ``silent``: the last reports of Routers that send none any more: what they have counted, without load.
+    ``is_whole``: False while a Router may be missing, which then may be doing anything.
+    """
 
     replicas: tuple[ReplicaHealth, ...]
     reports: tuple[RouterReport, ...]
+    silent: tuple[RouterReport, ...] = ()
+    is_whole: bool = True
     events: tuple[ReplicaEvent, ...] = ()  # the last ones, oldest first
     restarts: tuple[tuple[str, str, int], ...] = ()  # (model, kind of reason, how many)
     conditions: tuple[ModelCondition, ...] = ()
 
     @property
     def is_draining(self) -> bool:
-        """No Router begins anything new."""
-        return bool(self.reports) and all(r.control.draining_all is not None for r in self.reports)
+        """No Router begins anything new: each has said so of the same drain."""
+        drains = {report.control.draining_all for report in self.reports}
+        return self.is_whole and len(drains) == 1 and None not in drains
 
     def counters(self) -> dict[ReplicaId, ReplicaCounters]:
         """Per replica, summed over the Routers."""
         grouped: dict[ReplicaId, list[ReplicaCounters]] = defaultdict(list)
-        for report in self.reports:
+        for report in (*self.reports, *self.silent):
             for replica in report.replicas:
                 grouped[replica.replica_id].append(replica)
         return {replica_id: _sum_replica(parts) for replica_id, parts in grouped.items()}
 
+    def unheard(self) -> tuple[ReplicaCounters, ...]:
+        """Replicas that Routers know of, and the health actor does not: it has just come back, or they have
+        just come or ended."""
+        heard = {replica.heartbeat.replica_id for replica in self.replicas}
+        known = {replica.replica_id for report in self.reports for replica in report.replicas}
+        return tuple(found for id, found in sorted(self.counters().items()) if id in known - heard)
+
     def models(self) -> dict[str, ModelCounters]:
         """Per model, summed over the Routers."""
         grouped: dict[str, list[ModelCounters]] = defaultdict(list)
-        for report in self.reports:
+        for report in (*self.reports, *self.silent):
             for model in report.models:
                 grouped[model.model].append(model)
         return {name: _sum_model(parts) for name, parts in grouped.items()}
@@ -74,6 +88,7 @@ def _sum_replica(parts: list[ReplicaCounters]) -> ReplicaCounters:
         ewma_ms=max((part.ewma_ms for part in parts if part.ewma_ms is not None), default=None),
         breaker=max((part.breaker for part in parts), key=_HOW_OPEN.index),
         draining=all(part.draining for part in parts),  # none of them sends it requests any more
+        node=first.node,
     )
 
 

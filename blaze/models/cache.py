@@ -12,6 +12,7 @@ from typing import TypeAlias
 from filelock import FileLock
 
 from blaze.errors import ModelSourceError
+from blaze.models.contents import contents
 from blaze.models.sources import FolderSource, GGUFSource, HubSource, ModelSource
 
 ProgressReport: TypeAlias = Callable[[str, int, int], None]  # (what is being done, step, of how many)
@@ -47,15 +48,16 @@ def is_converted(source: ModelSource, cache: Path) -> bool:
     return (cache / "converted" / f"{source.path.stem}-{fingerprint(source.path)}" / _CONVERTED).exists()
 
 
-def identity(source: ModelSource, cache: Path) -> str:
-    """Of the weights: the same wherever they lie; of a hub id, as far as its revision tells."""
+def identity(source: ModelSource, cache: Path, *, commit: str | None = None) -> str:
+    """Of the weights: the same wherever they lie, and another one when any of them is. ``commit``: of a hub
+    id, what was loaded, for its revision may be a branch."""
     if isinstance(source, HubSource):
-        return f"{source.repo}@{source.revision}"
+        return f"{source.repo}@{commit or source.revision}"
     folder = Path(local_model(source, cache))
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
-        digest.update(f"{file.name} {fingerprint(file)}\n".encode())
+        digest.update(f"{file.name} {contents(file, cache)}\n".encode())
     return digest.hexdigest()
 
 

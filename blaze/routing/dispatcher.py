@@ -229,14 +229,14 @@ class Dispatcher:
         """Nobody is there for whoever waits; ``for_good``: nothing is begun or gone on with any more."""
         self._picker.refuse(error, for_good=for_good)
 
-    def set_suspects(self, suspects: Collection[ReplicaId]) -> None:
-        """Replicas that do not answer the health actor: nobody is sent there, and what runs there goes on
-        elsewhere."""
-        for replica_id in self.table.set_suspects(suspects):
+    def set_suspects(self, suspects: Collection[ReplicaId], condemned: Collection[ReplicaId] = ()) -> None:
+        """Replicas that do not answer the health actor, or of which it knows worse: nobody is sent there, and
+        what runs there goes on elsewhere."""
+        for replica_id in self.table.set_suspects(suspects, condemned):
             self._running.lose(replica_id)
-        if self.available_replicas:  # or it is who asks that is cut off
-            for replica_id in set(suspects) - self.table.columns.place.keys():  # finishing what they have
-                self._running.lose(replica_id)
+        left = suspects if self.available_replicas else condemned  # or it is who asks that is cut off
+        for replica_id in set(left) - self.table.columns.place.keys():  # finishing what they have
+            self._running.lose(replica_id)
 
     def follow(self, control: Control) -> None:
         """What operators have changed, but for the strategy."""

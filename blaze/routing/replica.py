@@ -140,4 +140,5 @@ def counters_of(model: str, replica: Replica, columns: Columns, place: int, brea
         ewma_ms=None if math.isnan(response) else response * 1000,
         breaker=breaker,
         draining=replica.draining,
+        node=replica.node,
     )

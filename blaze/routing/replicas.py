@@ -13,6 +13,7 @@ from blaze.routing.breaker import BreakerBoard, Permit
 from blaze.routing.columns import Columns, Places
 from blaze.routing.eligibility import Eligibility
 from blaze.routing.least import peak_ewma
+from blaze.routing.members import Members
 from blaze.routing.orders import Orders
 from blaze.routing.outcome import Outcome
 from blaze.routing.replica import Lease, Replica, ReplicaInfo, counters_of
@@ -46,8 +47,8 @@ class ReplicaTable:
         self.probes: list[ReplicaId] = []  # half open, and nobody is trying them
         self._clock = clock
         self._slow_start_s = slow_start_s
-        self._drain_timeout_s = drain_timeout_s
-        self._by_id: dict[ReplicaId, Replica] = {}
+        self._members = Members(drain_timeout_s)
+        self._by_id = self._members.by_id
         self._orders = Orders()
         self.peers_known_at = -math.inf
         self._eligibility = Eligibility(cap=cap, at_once=at_once or cap, routers=routers)
@@ -58,8 +59,8 @@ class ReplicaTable:
 
     @property
     def in_flight(self) -> int:
-        """Of this router, on all replicas."""
-        return sum(replica.in_flight for replica in self._by_id.values())
+        """Of this router, on all replicas, those too that have left."""
+        return self._members.in_flight
 
     @property
     def nodes(self) -> set[str]:
@@ -68,13 +69,10 @@ class ReplicaTable:
     # --- Who there is --------------------------------------------------------------------------------
 
     def sync(self, live: Iterable[ReplicaInfo]) -> None:
-        """Take over a new live set: those that stay keep their counters, a dead id leaves nothing behind."""
+        """Take over a new live set: those that stay keep their counters, as do those that come back to what
+        runs there; of all others that leave nothing stays behind."""
         infos, now = {info.id: info for info in live}, self._clock.now()
-        for gone in self._by_id.keys() - infos.keys():
-            self._by_id.pop(gone).drained_until = now + self._drain_timeout_s  # it may be finishing its work
-        for replica_id, info in infos.items():
-            if replica_id not in self._by_id:
-                self._by_id[replica_id] = Replica(info, now)
+        self._members.sync(infos, now)
         self.breakers.sync(infos.keys(), forced_open=self._orders.forced_open)
         self.columns.resize(infos)
         for replica_id, info in infos.items():
@@ -110,10 +108,11 @@ class ReplicaTable:
                 self.columns.weight[place] = orders.weights[replica_id]
         self.changed()
 
-    def set_suspects(self, suspects: Collection[ReplicaId]) -> set[ReplicaId]:
-        """Replicas that do not answer; returns new ones. If that is all, it is who asks that is cut off."""
-        known = set(suspects) & self._by_id.keys()
-        doubtful = known if len(known) < len(self._by_id) else set()
+    def set_suspects(
+        self, suspects: Collection[ReplicaId], condemned: Collection[ReplicaId] = ()
+    ) -> set[ReplicaId]:
+        """Who should not be picked, see :meth:`Members.doubtful`; returns new ones."""
+        doubtful = self._members.doubtful(suspects, condemned)
         before = {replica.id for replica in self._by_id.values() if replica.suspect}
         if doubtful != before:
             for replica in self._by_id.values():
@@ -133,8 +132,8 @@ class ReplicaTable:
         self._notify()
 
     def _place_of(self, replica: Replica) -> int | None:
-        """None of one that is gone, also when another has its id now."""
-        return self.columns.place[replica.id] if self._by_id.get(replica.id) is replica else None
+        """None of one that is gone."""
+        return self.columns.place.get(replica.id)
 
     # --- Who may be picked ---------------------------------------------------------------------------
 
@@ -231,6 +230,8 @@ class ReplicaTable:
         replica, now = lease.replica, self._clock.now()
         replica.in_flight -= 1
         replica.cost = replica.cost - lease.cost if replica.in_flight else 0.0  # no rounding errors add up
+        if not replica.in_flight:
+            self._members.is_idle(replica)
         silent = replica.waiting.pop(lease, None) is not None
         replica.speed.ended(
             now, lease.cost if outcome is Outcome.SUCCESS else 0.0, idle=not replica.in_flight

@@ -131,6 +131,23 @@ def test_what_runs_when_it_is_told_to_stop_finishes_or_is_told_so(tmp_path: Path
         assert list((tmp_path / "state").glob("**/*.json")) == []
 
 
+def test_what_one_model_answers_while_another_does_not_load_finishes_too(tmp_path: Path) -> None:
+    answering = simulator(replicas=1, inter_token_ms=50, tokens=SHORT)
+    never = simulator("never", replicas=2, fail_load=True)
+    path = tmp_path / "half_config.yaml"
+    path.write_text(yaml.safe_dump(serve_config(free_port(), [answering, never])), encoding="utf-8")
+    url = _url(path)
+    with blaze_up(tmp_path, str(path)) as run, ThreadPoolExecutor(1) as pool:
+        eventually(lambda: answers(f"{url}/health") and _refusal(url) is None, within_s=90)
+        told = pool.submit(read, url, 0)
+        eventually(lambda: _in_flight(url) == 1)
+        run.terminate()
+        assert told.result().is_whole
+        assert not _at_rest(run)
+        assert run.process.wait(timeout=60) == 0, run.output()
+        assert run.descendants() == []
+
+
 def test_told_twice_it_does_not_wait(tmp_path: Path, slow: Path) -> None:
     url = _url(slow)
     with blaze_up(tmp_path, str(slow), "--grace", "3600") as run, ThreadPoolExecutor(2) as pool:

@@ -25,22 +25,18 @@ class Table(RuleBasedStateMachine):
     @initialize(slow_start_s=st.sampled_from([0.0, 30.0]))
     def begin(self, slow_start_s: float) -> None:
         self.bench = TableBench(*IDS[:3], cap=CAP, slow_start_s=slow_start_s)
-        self.live: dict[str, int] = dict.fromkeys(IDS[:3], 0)  # and which of those with its id it is
-        self.leases: list[tuple[Lease, int]] = []
+        self.live = set(IDS[:3])
+        self.leases: list[Lease] = []
         self.peers: dict[str, int] = {}
         self.drained: set[str] = set()
-        self.lives = 0
 
     # --- What happens ------------------------------------------------------------------------------------
 
     @rule(ids=SOME)
     def sync(self, ids: set[str]) -> None:
-        for gone in self.live.keys() - ids:
-            del self.live[gone]
+        for gone in self.live - ids:
             self.peers.pop(gone, None)
-        for new in ids - self.live.keys():
-            self.lives += 1
-            self.live[new] = self.lives
+        self.live = set(ids)
         self.bench.sync(*ids)
 
     @rule(which=ANY, cost=COSTS)
@@ -49,18 +45,18 @@ class Table(RuleBasedStateMachine):
         if eligible:
             replica_id = eligible[which % len(eligible)]
             lease = self.bench.table.lease(replica_id, cost=cost, expires_at=self.bench.clock.now() + 5.0)
-            self.leases.append((lease, self.live[replica_id]))
+            self.leases.append(lease)
 
     @rule(which=ANY, outcome=st.sampled_from(Outcome), times=st.integers(1, 2))
     def end(self, which: int, outcome: Outcome, times: int) -> None:
         if self.leases:
-            lease, _ = self.leases.pop(which % len(self.leases))
+            lease = self.leases.pop(which % len(self.leases))
             assert [lease.release(outcome) for _ in range(times)] == [True, False][:times]
 
     @rule(which=ANY, cost=COSTS)
     def learn(self, which: int, cost: float) -> None:
         if self.leases:
-            lease, _ = self.leases[which % len(self.leases)]
+            lease = self.leases[which % len(self.leases)]
             lease.recost(cost)
             lease.first_content(cost)
 
@@ -88,23 +84,21 @@ class Table(RuleBasedStateMachine):
     def the_account_is_right(self) -> None:
         table, in_flight, cost = self.bench.table, self.bench.column("in_flight"), self.bench.column("cost")
         assert list(table.columns.ids) == sorted(self.live)
-        total = 0
-        for replica_id, life in self.live.items():
-            running = [lease for lease, of in self.leases if lease.replica.id == replica_id and of == life]
+        for replica_id in self.live:
+            running = [lease for lease in self.leases if lease.replica.id == replica_id]
             peers = self.peers.get(replica_id, 0)
             assert in_flight[replica_id] == len(running) + peers
             assert abs(cost[replica_id] - sum(lease.cost for lease in running) - peers) < 1e-6
             if not running:
                 assert cost[replica_id] == peers, "exactly"
                 assert self.bench.column("waiting_since")[replica_id] == float("inf")
-            total += len(running)
-        assert table.in_flight == total
+        assert table.in_flight == len(self.leases)
 
     @invariant()
     def nobody_is_over_the_cap_or_picked_while_draining(self) -> None:
         eligible, available = self.bench.eligible(), self.bench.available()
         assert eligible == sorted(eligible)
-        assert set(eligible) <= set(available) <= self.live.keys()
+        assert set(eligible) <= set(available) <= self.live
         assert not set(available) & self.drained
         for found in self.bench.table.counters("m"):
             assert 0 <= found.in_flight <= CAP
@@ -113,7 +107,7 @@ class Table(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Everything ends, some of it on replicas that are gone."""
-        for lease, _ in self.leases:
+        for lease in self.leases:
             lease.release(Outcome.NEUTRAL)
         self.bench.table.set_peers({})
         assert self.bench.table.in_flight == 0

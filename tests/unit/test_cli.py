@@ -207,12 +207,18 @@ def test_a_change_that_is_refused_is_one_line() -> None:
 
 
 def draining_cluster(
-    *replicas: tuple[str, str, str, int], draining: bool = False, answers: int = 0
+    *replicas: tuple[str, str, str, int],
+    unheard: Sequence[tuple[str, str, bool, int]] = (),
+    complete: bool = True,
+    draining: bool = False,
+    answers: int = 0,
 ) -> dict[str, Any]:
-    """``replicas``: id, node, state, in flight."""
-    names = ("id", "node", "state", "in_flight")
+    """``replicas``: id, node, state, in flight; ``unheard``: id, node, draining, in flight."""
+    names, others = ("id", "node", "state", "in_flight"), ("id", "node", "draining", "in_flight")
     return {
         "replicas": [dict(zip(names, replica, strict=True)) for replica in replicas],
+        "unheard": [dict(zip(others, replica, strict=True)) for replica in unheard],
+        "complete": complete,
         "models": [{"open": answers}],
         "draining": draining,
     }
@@ -221,14 +227,17 @@ def draining_cluster(
 def test_drain_ends_when_nothing_is_in_flight_there() -> None:
     steps = [
         draining_cluster(("a", "n", "ready", 3), ("b", "n", "ready", 9)),  # a Router does not know yet
-        draining_cluster(),  # the health actor is away
+        draining_cluster(complete=False),  # the health actor is away
+        draining_cluster(("a", "n", "draining", 0), complete=False),  # it is back, and a Router is missing
+        draining_cluster(("b", "n", "ready", 9), unheard=[("a", "n", False, 0)]),
+        draining_cluster(("b", "n", "ready", 9), unheard=[("a", "n", True, 5), ("c", "n", False, 1)]),
         draining_cluster(("a", "n", "draining", 1), ("b", "n", "ready", 9)),
         draining_cluster(("a", "n", "draining", 0), ("b", "n", "ready", 9)),
     ]
     with management(clusters=steps) as (url, asked):
         result = run("drain", "a", "--url", url)
     assert result.exit_code == 0
-    assert [path.rsplit("/", 1)[1] for path, _, _ in asked] == ["drain"] + ["status"] * 4
+    assert [path.rsplit("/", 1)[1] for path, _, _ in asked] == ["drain"] + ["status"] * 7
     assert result.stdout.splitlines() == ["a: gets no new requests", "a: nothing runs there"]
 
 

@@ -90,6 +90,7 @@ class FakeHealth:
         self.report = Method(self._report)
         self.view = Method(self._view)
         self.shown = RouterReport("nobody", (), ())  # the one that came with the last question
+        self.others: tuple[RouterReport, ...] = ()
 
     async def _change(self, change: Change, known: Control) -> Control:
         self.changes.append(change)
@@ -104,7 +105,7 @@ class FakeHealth:
     async def _view(self, report: RouterReport) -> ClusterView:
         self.shown = report
         await self._there()
-        return ClusterView((), (report,))
+        return ClusterView((), (report, *self.others))
 
     async def _there(self) -> None:
         if self.silent:
@@ -288,6 +289,19 @@ async def test_in_maintenance_nothing_new_is_begun_and_it_is_not_ready(bench: Be
     assert len(await bench.ask(3)) == 3
 
 
+@pytest.mark.parametrize("bench", [{"replicas": 2}], indirect=True)
+async def test_in_maintenance_is_the_cluster_when_every_router_has_said_so(bench: Bench) -> None:
+    await bench.service.change(SetAllDraining(True))
+    seen = [(await bench.service.status())["draining"]]  # the health actor has just come back
+    drained = bench.health.shown.control
+    for other in (NO_CHANGES, drained):
+        bench.health.others = (RouterReport("router-2", (), (), other),)
+        seen.append((await bench.service.status())["draining"])
+    bench.health.silent = True
+    seen.append((await bench.service.status())["draining"])
+    assert seen == [False, False, True, False]
+
+
 # --- Following ---------------------------------------------------------------------------------------
 
 
@@ -443,3 +457,34 @@ async def test_a_replica_that_is_there_serves_whatever_is_said_of_its_model(benc
     async with await bench.service.open(replace(text_request(), model="n")) as stream:
         assert await collect(stream)
     assert bench.service.readiness().ready
+
+
+DEAD = replace(FAILING, reason="replicas failed again and again, and are not restarted any more")
+
+
+async def test_a_model_whose_replicas_are_all_given_up_is_refused_and_ready_says_so(bench: Bench) -> None:
+    waiting = asyncio.create_task(bench.service.open(replace(text_request(), model="n")))
+    await bench.hears(News(NO_CHANGES, (), ("x", "y"), conditions=(DEAD,), condemned=("x", "y")))
+    with pytest.raises(ModelUnavailable) as refused:
+        await bench.service.open(replace(text_request(), model="n"))
+    assert (refused.value.http_status, DEAD.reason in refused.value.message) == (503, True)
+    assert bench.service.readiness().missing == ("n",)
+    assert await bench.ask(3)  # the other model serves
+    await (await waiting).aclose()
+
+
+async def test_what_waits_for_a_replica_that_is_given_up_is_told(bench: Bench) -> None:
+    await bench.hears(News(NO_CHANGES, (), ("x", "y"), condemned=("x", "y")))  # they will be restarted
+    waiting = asyncio.create_task(bench.service.open(replace(text_request(), model="n")))
+    await until(lambda: bench.dispatcher("n").counters()[0].waiting == 1)
+    await bench.hears(News(NO_CHANGES, (), ("x", "y"), conditions=(DEAD,), condemned=("x", "y")))
+    with pytest.raises(ModelUnavailable):
+        await waiting
+
+
+async def test_a_health_actor_that_hears_nobody_keeps_nobody_from_serving(bench: Bench) -> None:
+    await bench.hears(News(NO_CHANGES, (), ("a", "b", "c", "x", "y"), conditions=(DEAD,)))
+    assert bench.service.readiness().ready
+    assert set(await bench.ask(12)) == {"a", "b", "c"}
+    async with await bench.service.open(replace(text_request(), model="n")) as stream:
+        assert await collect(stream)

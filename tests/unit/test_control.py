@@ -192,7 +192,9 @@ def test_who_is_silent_or_has_failed_is_suspect() -> None:
     supervisor.heartbeat(
         Heartbeat("failed", "m", 0, "node", 1, EngineStatus(EngineKind.LLM, "failed", 0, 0, 0, None), 0)
     )
-    assert set(supervisor.report(RouterReport("r1", (), ())).suspects) == {"silent", "failed"}
+    news = supervisor.report(RouterReport("r1", (), ()))
+    assert set(news.suspects) == {"silent", "failed"}
+    assert news.condemned == ("failed",), "of the silent one nothing is known"
 
 
 def test_prefixes_of_replicas_are_passed_on() -> None:

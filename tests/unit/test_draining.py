@@ -223,15 +223,32 @@ async def test_what_runs_on_a_replica_that_has_left_the_live_set_has_the_same_ti
     assert len(set(bench.called)) == 2
 
 
-@pytest.mark.parametrize("others", [("b",), ()])
-async def test_a_replica_that_has_left_and_does_not_answer_is_not_waited_for(others: tuple[str, ...]) -> None:
+async def test_what_runs_on_a_replica_that_comes_back_stays_there() -> None:
+    bench = DrainBench(BreakingPool(("a", "b")), drain_timeout_s=5.0)
+    reader = await bench.reading(asked())
+    bench.pool.set_live(*({"a", "b"} - {reader.replica_id}))
+    bench.pool.set_live("a", "b")
+    bench.clock.advance(5.1)
+    bench.change(drain("nobody"))  # it looks
+    await bench.turns()
+    reader.call.release()
+    assert await reader.finish() == WHOLE
+    assert bench.called == [reader.replica_id]
+
+
+@pytest.mark.parametrize(("others", "condemned"), [(("b",), ()), ((), ()), ((), ("a",))])
+async def test_a_replica_that_has_left_and_does_not_answer_is_not_waited_for(
+    others: tuple[str, ...], condemned: tuple[str, ...]
+) -> None:
     bench = DrainBench(BreakingPool(("a",)))
     reader = await bench.reading(asked())
     bench.pool.set_live(*others)
-    bench.dispatcher.set_suspects(["a"])
+    bench.dispatcher.set_suspects(["a"], condemned)
     await bench.turns()
-    assert reader.call.cancelled == bool(others), "if nobody is there, it is who asks that is cut off"
+    may_be_cut_off = not others and not condemned
+    assert reader.call.cancelled != may_be_cut_off, "if nobody is there, it may be who asks that is cut off"
     reader.call.release()
+    bench.pool.set_live(*others, "c")
     assert await reader.finish() == WHOLE
 
 

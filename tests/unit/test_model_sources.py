@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from blaze.config import parse_args
+from blaze.engines.llm.model import commit_of
 from blaze.errors import ConfigError, ModelSourceError
 from blaze.models.cache import identity
+from blaze.models.contents import contents
 from blaze.models.sources import (
     FolderSource,
     GGUFSource,
@@ -200,3 +204,55 @@ def test_weights_are_the_same_wherever_they_lie_and_others_when_they_change(tmp_
     assert one == copy != other
     first, second = (identity(HubSource("org/model", revision), tmp_path) for revision in ("v1", "v2"))
     assert first != second
+
+
+def test_of_a_branch_it_is_the_commit_that_tells_weights_apart(tmp_path: Path) -> None:
+    branch = HubSource("org/model", "main")
+    first, second = (identity(branch, tmp_path, commit=commit) for commit in ("c1", "c2"))
+    assert first != second
+    assert identity(HubSource("org/model"), tmp_path, commit="c1") == first
+
+
+@pytest.mark.parametrize("revision", [None, "main", "1" * 40])
+def test_what_a_revision_stands_for_is_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--org--model"
+    for name, text in (("refs/main", "1" * 40), (f"snapshots/{'1' * 40}/config.json", "{}")):
+        (repository / name).parent.mkdir(parents=True)
+        (repository / name).write_text(text)
+    assert commit_of(HubSource("org/model", revision)) == "1" * 40
+    with pytest.raises(OSError, match="cached files"):
+        commit_of(HubSource("org/other", revision))
+
+
+def test_other_weights_in_the_middle_of_a_file_are_other_weights(tmp_path: Path) -> None:
+    file, content = tmp_path / "model.safetensors", bytearray(3 << 20)
+    found = []
+    for middle in (0, 1, 0):
+        content[1_500_000] = middle
+        file.write_bytes(content)
+        found.append(identity(FolderSource(tmp_path), tmp_path / "cache"))
+    assert found[0] == found[2] != found[1]
+
+
+def test_files_that_were_not_written_are_not_read_again(tmp_path: Path) -> None:
+    file, cache = tmp_path / "model.safetensors", tmp_path / "cache"
+    file.write_bytes(b"weights")
+    os.utime(file, (1_000_000_000, 1_000_000_000))
+    digest = contents(file, cache)
+    (note,) = (cache / "contents").iterdir()
+    assert note.read_text() == digest == hashlib.sha256(b"weights").hexdigest()
+    note.write_text("remembered")
+    assert contents(file, cache) == "remembered"
+    file.write_bytes(b"others!")
+    os.utime(file, (1_000_000_001, 1_000_000_001))
+    assert contents(file, cache) == hashlib.sha256(b"others!").hexdigest()
+
+
+def test_without_a_cache_files_are_read_each_time(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    assert contents(file, file) == contents(file, tmp_path / "cache")

@@ -70,25 +70,40 @@ def test_those_that_stay_are_as_full_as_before() -> None:
     assert bench.eligible() == ["a", "c", "d"]
 
 
-def test_nothing_is_inherited_from_a_dead_id() -> None:
+@pytest.mark.parametrize("ended", ["before it left", "before it came back"])
+def test_of_a_replica_that_leaves_nothing_stays_behind_when_nothing_runs_there(ended: str) -> None:
     bench = TableBench("a", "b", "c")
-    answered, lease = (bench.table.lease("a", cost=5.0) for _ in range(2))
-    answered.first_content(0.3)
-    answered.release(F)
+    lease = bench.table.lease("a", cost=5.0)
+    lease.first_content(0.3)
+    if ended == "before it left":
+        lease.release(F)
     bench.table.suspend("a", 2.0)
     bench.sync("b", "c")
+    lease.release(F)
     bench.sync("a", "b", "c")
     fresh = ReplicaCounters("a", "m", in_flight=0, weight=1.0, requests=0, failures=0)
     assert counters(bench, "a") == fresh
     assert bench.eligible() == ["a", "b", "c"], "nor is it suspended"
-    # What is still to come of the one that died does not count either.
-    lease.recost(9.0)
-    lease.first_content(60.0)
-    assert lease.release(F)
-    assert counters(bench, "a") == fresh
     assert bench.column("success")["a"] == 1.0
     assert math.isnan(bench.column("drain")["a"])
-    assert bench.column("cost")["a"] == 0.0
+
+
+def test_a_replica_that_comes_back_is_as_full_as_what_still_runs_there_makes_it() -> None:
+    bench = TableBench("a", "b", cap=2)
+    bench.table.set_peers({"a": PeerLoad(1, 1.0)})
+    leases = [bench.table.lease("a", cost=5.0) for _ in range(2)]
+    bench.sync()
+    assert bench.table.in_flight == 2, "they still run"
+    bench.sync("a", "b")
+    assert bench.eligible() == ["b"]
+    assert (bench.column("in_flight")["a"], bench.column("cost")["a"]) == (2.0, 10.0)
+    assert not counters(bench, "a").draining
+    leases[0].recost(7.0)
+    leases[1].release(S)
+    assert (bench.column("in_flight")["a"], bench.column("cost")["a"]) == (1.0, 7.0)
+    assert bench.eligible() == ["a", "b"]
+    leases[0].release(S)
+    assert bench.table.in_flight == 0
 
 
 def test_failures_of_a_dead_id_trip_no_breaker() -> None:
@@ -354,6 +369,16 @@ def test_suspects_are_not_picked_until_they_answer_again() -> None:
 def test_when_all_are_suspects_none_is() -> None:
     bench = TableBench("a", "b")
     bench.table.set_suspects(["a", "b"])
+    assert bench.eligible() == ["a", "b"]
+
+
+def test_when_all_are_suspects_those_are_out_of_which_more_is_known() -> None:
+    bench = TableBench("a", "b")
+    assert bench.table.set_suspects(["a", "b"], ["a"]) == {"a"}
+    assert bench.eligible() == ["b"]
+    assert bench.table.set_suspects(["a", "b"], ["a", "b"]) == {"b"}
+    assert bench.eligible() == []
+    bench.table.set_suspects([])
     assert bench.eligible() == ["a", "b"]
 
 

@@ -14,6 +14,7 @@ from blaze.reports import (
     DiffusionStatus,
     ModelCondition,
     ModelCounters,
+    ReplicaCounters,
     ReplicaEvent,
     ReplicaState,
     RouterReport,
@@ -187,6 +188,19 @@ async def test_events_of_breakers_and_replicas_are_told_together_oldest_first() 
         ("breaker", "open", 2.0),
         ("replica", "restarting", 1.0),
     ]
+
+
+def test_replicas_of_which_only_routers_know_are_told_apart() -> None:
+    known = (
+        ReplicaCounters("a", "m", 2, 1.0, 9, 0, draining=True, node="n1"),
+        ReplicaCounters("b", "m", 1, 1.0, 9, 0, node="n1"),
+    )
+    reports = tuple(RouterReport(router_id, (), known) for router_id in ("r1", "r2"))
+    health = ReplicaHealth(heartbeat("b"), ReplicaState.READY, 0.0)
+    body = status_object(CARDS, ClusterView((health,), reports, is_whole=False), Readiness(()))
+    assert body["unheard"] == [{"id": "a", "node": "n1", "draining": True, "in_flight": 4}]
+    assert [row["id"] for row in body["replicas"]] == ["b"]
+    assert body["complete"] is False
 
 
 async def test_restarts_are_counted_by_model_and_reason() -> None:

@@ -290,3 +290,42 @@ def test_the_log_is_bounded() -> None:
         cluster.end(next(iter(cluster.patients)))
         cluster.run(3)
     assert len(cluster.supervisor.view().events) == EVENTS
+
+
+# --- What Routers are told ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "condemned"), [("frozen", False), ("wedged", True), ("failed", True), ("loading", False)]
+)
+def test_a_verdict_condemns_and_silence_does_not(fault: str, condemned: bool) -> None:
+    cluster = watch("a", takes_s=None)
+    cluster.patients["a"].fault = fault
+    while "a" not in cluster.news().suspects and cluster.now < 30:
+        cluster.run(1)
+    assert cluster.killed == []
+    assert ("a" in cluster.news().condemned) is condemned
+
+
+def test_who_has_ended_or_was_given_up_is_condemned() -> None:
+    cluster = watch("a", takes_s=1.0, comes_back="wedged")
+    cluster.patients["a"].fault = "frozen"
+    cluster.run(12)
+    assert cluster.killed == ["a"] and "a" in cluster.news().condemned
+    cluster.run(200)
+    (last,) = cluster.patients
+    assert cluster.state(last) is ReplicaState.DEAD
+    cluster.patients[last].fault = "frozen"
+    cluster.run(30)
+    assert last in cluster.news().condemned
+
+
+def test_who_is_silent_and_out_of_reach_may_be_well_all_the_same() -> None:
+    cluster = watch("a")
+    cluster.patients["a"].fault = "frozen"
+    for _ in range(300):
+        cluster.clock.advance(1.0)
+        assert cluster.news().condemned == ()
+        for kill in cluster.supervisor.decide():
+            cluster.supervisor.not_ended(kill.replica_id, "ConnectionError")
+    assert cluster.state("a") is ReplicaState.DEAD

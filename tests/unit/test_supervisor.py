@@ -1,8 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from blaze.control import NO_CHANGES, ActOnBreaker, Control, SetDraining, SetStrategy, SetWeight
+from blaze.control import (
+    NO_CHANGES,
+    ActOnBreaker,
+    Control,
+    SetAllDraining,
+    SetDraining,
+    SetStrategy,
+    SetWeight,
+)
 from blaze.health.settings import HealthSettings
 from blaze.health.supervisor import SETTINGS_KEPT_S, Supervisor
 from blaze.health.view import ReplicaHealth
@@ -171,12 +181,45 @@ def test_a_router_that_stays_silent_is_forgotten_with_its_in_flight_requests() -
     watch.supervisor.report(report("r2", ReplicaCounters("a", "m", 5, 1.0, 5, 0)))
     watch.clock.advance(20.0)
     watch.supervisor.report(report("r1", ReplicaCounters("a", "m", 1, 1.0, 1, 0)))
-    assert [r.router_id for r in watch.supervisor.view().reports] == ["r1", "r2"]
+    view = watch.supervisor.view()
+    assert [[r.router_id for r in reports] for reports in (view.reports, view.silent)] == [["r1"], ["r2"]]
     watch.clock.advance(10.01)
     watch.supervisor.report(report("r1", ReplicaCounters("a", "m", 1, 1.0, 1, 0)))
     view = watch.supervisor.view()
-    assert [r.router_id for r in view.reports] == ["r1"]
+    assert (len(view.reports), view.silent) == (1, ())
     assert view.counters()["a"].in_flight == 1
+
+
+def test_everything_drains_when_each_router_says_so_of_the_same_drain() -> None:
+    watch = Watch()
+    earlier = NO_CHANGES.after(SetAllDraining(True, 30.0))
+    again = earlier.after(SetAllDraining(False)).after(SetAllDraining(True, 30.0))
+    said = [(NO_CHANGES, again), (earlier, again), (again, earlier), (again, again), (NO_CHANGES, NO_CHANGES)]
+    seen = []
+    for controls in said:
+        for router_id, control in zip(("r1", "r2"), controls, strict=True):
+            watch.supervisor.report(RouterReport(router_id, (), (), control))
+        seen.append(watch.supervisor.view().is_draining)
+    assert seen == [False, False, False, True, False]
+
+
+def test_a_router_that_has_died_keeps_no_drain_from_being_done() -> None:
+    watch = Watch()
+    counted = ReplicaCounters("a", "m", 3, 1.0, 7, 1)
+    watch.supervisor.report(report("r1", counted))
+    for drains in (False, True):
+        watch.supervisor.report(report("r2", replace(counted, in_flight=0, draining=True)))
+        assert watch.supervisor.view().counters()["a"].draining is drains
+        watch.clock.advance(3.1)
+
+
+def test_a_router_that_has_died_says_no_more_whether_everything_drains() -> None:
+    watch = Watch()
+    watch.supervisor.report(RouterReport("r1", (), (), NO_CHANGES))
+    for _ in range(4):
+        watch.clock.advance(1.0)
+        watch.supervisor.report(RouterReport("r2", (), (), NO_CHANGES.after(SetAllDraining(True))))
+    assert watch.supervisor.view().is_draining
 
 
 def test_an_empty_cluster_has_an_empty_view() -> None:

@@ -84,7 +84,7 @@ class LLMEngine(ThreadedEngine[Job, _Loaded]):
             launching=self._bell.ring,
         )
         parts = (
-            identity(self._source, self._cache),
+            identity(self._source, self._cache, commit=model.commit),
             str(model.model.dtype),
             self._options.quantization,
             served.runner.name,

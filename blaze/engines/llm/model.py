@@ -24,6 +24,7 @@ class LoadedModel:
     vocabulary: Vocabulary
     vocabulary_size: int
     max_model_len: int
+    commit: str | None = None  # of a hub repository
 
 
 def load_model(source: ModelSource, options: LLMConfig, threads: int, cache: Path) -> LoadedModel:
@@ -34,9 +35,9 @@ def load_model(source: ModelSource, options: LLMConfig, threads: int, cache: Pat
     set_threads(threads)
     device = choose_device(options.device)
     where = local_model(source, cache)
-    pinned = {"revision": source.revision} if isinstance(source, HubSource) and source.revision else {}
-    safe = {"trust_remote_code": False, **pinned}
     try:
+        commit = commit_of(source) if isinstance(source, HubSource) else None
+        safe = {"trust_remote_code": False, **({"revision": commit} if commit else {})}
         tokenizer = AutoTokenizer.from_pretrained(where, **safe)
         model = AutoModelForCausalLM.from_pretrained(
             where, dtype=choose_dtype(options.dtype, device), use_safetensors=True, **safe
@@ -51,7 +52,18 @@ def load_model(source: ModelSource, options: LLMConfig, threads: int, cache: Pat
         vocabulary=Vocabulary(TextDecoder(tokenizer), TokenizerNames(tokenizer), eos_ids(model, tokenizer)),
         vocabulary_size=text_config.vocab_size,
         max_model_len=_context(text_config, options.max_model_len),
+        commit=commit,
     )
+
+
+def commit_of(source: HubSource) -> str | None:
+    """What its revision stands for now: a branch may move before the last file has been loaded. None: the
+    files are no repository's. Raises ``OSError`` when they are not there."""
+    from transformers.utils import cached_file, extract_commit_hash
+
+    found = cached_file(source.repo, "config.json", revision=source.revision)
+    commit: str | None = extract_commit_hash(found, None)
+    return commit
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
