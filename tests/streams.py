@@ -24,7 +24,8 @@ class Answer:
     replica: str | None = None  # the first to answer
     status: int | None = None  # None: no response came
     trouble: str | None = None  # why it is no whole answer
-    error_code: str | None = None  # of an error that came as an event
+    broke: bool = False  # its connection did: nobody has told why it is no whole answer
+    error_code: str | None = None  # of an error that was told
     done: bool = False
     left: bool = False  # the client itself went away
     first_text_s: float | None = None
@@ -86,6 +87,8 @@ class Answer:
         for choice in chunk["choices"]:
             index = choice["index"]
             text = choice["text"] if "text" in choice else choice["delta"].get("content")
+            if index in self.finish_reasons:
+                self.trouble = f"after the finish of choice {index}: {choice}"
             if text:
                 self._note_text(now)
                 self.texts[index] = self.texts.get(index, "") + text
@@ -97,6 +100,8 @@ class Answer:
         self.usage, self.done = body["usage"], True
         for choice in body["choices"]:
             text = choice["text"] if "text" in choice else choice["message"]["content"]
+            if choice["index"] in self.texts:
+                self.trouble = f"choice {choice['index']} twice"
             self.texts[choice["index"]] = text
             self.finish_reasons[choice["index"]] = choice["finish_reason"]
 
@@ -134,7 +139,7 @@ async def ask(
         else:
             _take_whole(await client.post(url, json=body), answer)
     except (httpx.HTTPError, ValueError) as error:
-        answer.trouble = f"{type(error).__name__}: {error}"
+        _failed(answer, error)
     finally:
         answer.end(time.monotonic())
     return answer
@@ -154,7 +159,7 @@ def ask_in_thread(client: httpx.Client, url: str, body: Body) -> Answer:
         else:
             _take_whole(client.post(url, json=body), answer)
     except (httpx.HTTPError, ValueError) as error:
-        answer.trouble = f"{type(error).__name__}: {error}"
+        _failed(answer, error)
     finally:
         answer.end(time.monotonic())
     return answer
@@ -174,6 +179,15 @@ def _take_whole(response: httpx.Response, answer: Answer) -> None:
 
 def _refused(answer: Answer, content: bytes) -> None:
     answer.trouble = f"status {answer.status}: {content[:200]!r}"
+    try:
+        answer.error_code = json.loads(content)["error"]["code"]
+    except (ValueError, TypeError, KeyError):
+        answer.error_code = None  # whoever told it is not one of ours
+
+
+def _failed(answer: Answer, error: httpx.HTTPError | ValueError) -> None:
+    answer.trouble = f"{type(error).__name__}: {error}"
+    answer.broke = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
 
 
 def new_client(*, timeout_s: float = 60.0) -> httpx.AsyncClient:

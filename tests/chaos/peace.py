@@ -55,5 +55,8 @@ def what_is_unwell(status: Mapping[str, Any], wanted: Mapping[str, int]) -> tupl
         for counter in ("in_flight", "running", "queued"):
             if replica[counter]:
                 found.append(f"{replica['id']}: leaked, {counter} {replica[counter]}")
-    found += [f"{m['name']}: leaked, {m['waiting']} waiting" for m in status["models"] if m["waiting"]]
+    for model in status["models"]:
+        for counter in ("waiting", "open"):  # a graceful stop waits for open ones
+            if model[counter]:
+                found.append(f"{model['name']}: leaked, {model[counter]} {counter}")
     return tuple(found)

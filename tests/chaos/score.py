@@ -10,6 +10,7 @@ from tests.chaos.workload import Asked
 from tests.streams import Answer
 
 ROUTER_KILL_S = 2.0  # after it, broken connections still come to light
+_ROUTER_LOST = "router_lost"  # see haproxy.sh
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,8 @@ def score(records: Iterable[Record], *, began_at: float, router_kills: Sequence[
 
 def _broke_with_its_router(answer: Answer, router_kills: Sequence[float]) -> bool:
     """It was under way when a Router was killed, and its connection broke right after. An error that a Router
-    tells is never that."""
-    told = answer.trouble is not None and answer.trouble.startswith("error event")
-    return not told and any(
+    tells is never that; one of HAProxy's is, which says that way that the connection behind it broke."""
+    return (answer.broke or answer.error_code == _ROUTER_LOST) and any(
         answer.started_at <= at <= answer.ended_at <= at + ROUTER_KILL_S for at in router_kills
     )
 

@@ -42,6 +42,9 @@ def what_is_wrong(answer: Answer, expected: Expected) -> str | None:
     """Of an answer that is not lost; of one that the client left, as far as it has read."""
     if len(answer.ids) > 1:
         return f"{len(answer.ids)} ids"
+    more = (answer.texts.keys() | answer.finish_reasons.keys()) - expected.texts.keys()
+    if more:
+        return f"choices {sorted(more)}, which nobody asked for"
     if answer.left:
         cut = [i for i, text in answer.texts.items() if not expected.texts[i].startswith(text)]
         return f"text of choices {cut}" if cut else None

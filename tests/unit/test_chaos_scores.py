@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 
 from blaze.engine_config import SimulatorConfig
@@ -101,6 +102,8 @@ def test_nothing_is_wrong_with_a_right_answer() -> None:
         ({"usage": None}, "usage"),
         ({"usage": {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}}, "usage"),
         ({"ids": {"a", "b"}}, "2 ids"),
+        ({"texts": {0: "go and ", 1: "go "}, "finish_reasons": {0: "stop", 1: "stop"}}, "choices [1]"),
+        ({"finish_reasons": {0: "stop", 1: "stop"}}, "choices [1]"),
     ],
 )
 def test_what_is_wrong_is_found(change: dict[str, Any], what: str) -> None:
@@ -114,6 +117,7 @@ def test_of_an_answer_that_the_client_left_only_what_it_has_read_is_judged() -> 
     assert left.lost is None
     assert what_is_wrong(left, EXPECTED) is None
     assert what_is_wrong(replace(left, texts={0: "and "}), EXPECTED) is not None
+    assert what_is_wrong(replace(left, texts={0: "go ", 1: "go "}), EXPECTED) is not None
 
 
 @pytest.mark.parametrize(
@@ -143,6 +147,31 @@ def test_a_stream_is_read_to_its_last_line() -> None:
     answer.take_line(f"data: {chunk}", 20.0)
     assert answer.lost is not None
     assert "after [DONE]" in answer.lost
+
+
+@pytest.mark.parametrize(
+    "more", ['{"content": "and "}, "finish_reason": null', '{}, "finish_reason": "stop"']
+)
+def test_nothing_of_a_choice_comes_after_its_finish(more: str) -> None:
+    answer = Answer(status=200)
+    deltas = ('{"content": "go "}, "finish_reason": null', '{}, "finish_reason": "stop"')
+    for delta in deltas:
+        answer.take_line(f'data: {{"id": "a", "choices": [{{"index": 0, "delta": {delta}}}]}}', 1.0)
+    answer.take_line('data: {"id": "a", "choices": [], "usage": {"total_tokens": 5}}', 1.0)
+    assert answer.trouble is None
+    answer.take_line(f'data: {{"id": "a", "choices": [{{"index": 0, "delta": {more}}}]}}', 1.0)
+    answer.take_line("data: [DONE]", 1.0)
+    assert answer.lost is not None
+    assert "after the finish of choice 0" in answer.lost
+
+
+def test_no_choice_comes_twice() -> None:
+    answer, choice = Answer(status=200), {"index": 0, "text": "go ", "finish_reason": "stop"}
+    answer.take_whole({"id": "a", "usage": {}, "choices": [choice]})
+    assert answer.lost is None
+    answer = Answer(status=200)
+    answer.take_whole({"id": "a", "usage": {}, "choices": [choice, choice]})
+    assert answer.lost == "choice 0 twice"
 
 
 def test_an_answer_is_whole_when_each_choice_has_ended_under_one_id() -> None:
@@ -188,21 +217,55 @@ def test_scores() -> None:
     assert [wrong.what for wrong in found.wrong] == ["usage"]
 
 
+CUT = {"status": 200, "trouble": "ReadError: cut", "broke": True, "done": False}
+
+
 @pytest.mark.parametrize(
-    ("began", "ended", "trouble", "apart"),
+    ("began", "ended", "change", "apart"),
     [
-        (10, 20.1, "ReadError: cut", True),
-        (10, 20.1, "error event: it was told", False),
-        (20.1, 20.2, "ReadError: cut", False),
-        (10, 19.9, "ReadError: cut", False),
-        (10, 20 + ROUTER_KILL_S + 1, "ReadError: cut", False),
+        (10, 20.1, CUT, True),
+        (10, 20.1, {"status": 502, "trouble": "status 502", "error_code": "router_lost"}, True),
+        (10, 20.1, {"trouble": "error event: it was told", "error_code": "replica_lost"}, False),
+        (10, 20.1, {"status": 503, "trouble": "status 503", "error_code": "model_unavailable"}, False),
+        (10, 20.1, {"status": 500, "trouble": "status 500: b'internal'"}, False),
+        (10, 20.1, {"trouble": "JSONDecodeError: garbled"}, False),
+        (10, 20.1, {"done": False}, False),
+        (20.1, 20.2, CUT, False),
+        (10, 19.9, CUT, False),
+        (10, 20 + ROUTER_KILL_S + 1, CUT, False),
     ],
 )
-def test_only_what_a_killed_router_held_is_scored_apart(
-    began: float, ended: float, trouble: str, apart: bool
+def test_only_connections_that_broke_with_a_killed_router_are_scored_apart(
+    began: float, ended: float, change: dict[str, Any], apart: bool
 ) -> None:
-    found = score([record(began, ended, trouble=trouble)], began_at=0, router_kills=[20])
+    found = score([record(began, ended, **change)], began_at=0, router_kills=[20])
     assert (found.apart, len(found.lost)) == ((1, 0) if apart else (0, 1))
+
+
+REFUSAL = {"error": {"message": "no", "type": "server_error", "param": None, "code": "router_lost"}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_knows_what_it_was_told_from_a_connection_that_broke(stream: bool) -> None:
+    def refuse(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(502, json=REFUSAL)
+
+    def refuse_strangely(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(500, text="Internal Server Error")
+
+    def cut(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadError("cut", request=request)
+
+    def garble(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, text="data: {no json\n\n")
+
+    found = []
+    for handler in (refuse, refuse_strangely, cut, garble):
+        async with httpx.AsyncClient(transport=httpx.MockTransport(handler)) as http:
+            found.append(await ask(http, "http://blaze/", {"stream": stream}))
+    assert [answer.lost is not None for answer in found] == [True] * 4
+    assert [answer.error_code for answer in found] == ["router_lost", None, None, None]
+    assert [answer.broke for answer in found] == [False, False, True, False]
 
 
 WELL = {
@@ -218,7 +281,7 @@ WELL = {
         }
         for name in "ab"
     ],
-    "models": [{"name": "m", "waiting": 0}],
+    "models": [{"name": "m", "waiting": 0, "open": 0}],
 }
 
 
@@ -241,5 +304,5 @@ def test_what_keeps_peace_away_is_named(change: dict[str, Any], what: str) -> No
     status = copy.deepcopy(WELL)
     status["replicas"][1] |= change  # type: ignore[operator]
     assert any(what in one for one in what_is_unwell(status, {"m": 2}))
-    waiting = {**WELL, "models": [{"name": "m", "waiting": 3}]}
-    assert what_is_unwell(waiting, {"m": 2}) == ("m: leaked, 3 waiting",)
+    held = {**WELL, "models": [{"name": "m", "waiting": 3, "open": 7}]}
+    assert what_is_unwell(held, {"m": 2}) == ("m: leaked, 3 waiting", "m: leaked, 7 open")
