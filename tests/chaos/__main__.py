@@ -1,5 +1,5 @@
 """`python -m tests.chaos --seeds 1-10 --seconds 60 --period 5`: a table, and exit code 1 if anything was
-lost, wrong or leaked."""
+lost, wrong or leaked, if somebody was not replaced, or if too little happened to show anything."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> int:
         seconds=options.seconds,
         period_s=options.period,
         kinds=options.kinds,
-        restart_s=options.stall_after + 10.0,
+        stall_after_s=options.stall_after,
         settle_s=options.settle,
     )
     health = {"probe_period_s": 0.5, "stall_after_s": options.stall_after}
@@ -91,7 +91,8 @@ async def run_all(app: Served, models: Sequence[Model], seeds: Sequence[int], pl
 
 HEAD = (
     "| seed | faults (skipped) | sent | lost | wrong | leaked | resumed | broke with their Router |"
-    " left by the client | longest gap, s | longest wait, s | not replaced | well again after, s |"
+    " left by the client | longest gap, s | longest wait, s | not replaced |"
+    " longest restart, s past stall_after_s | well again after, s |"
 )
 RULE = "|" + "---|" * HEAD.replace("| seed", "seed").count("|")
 
@@ -113,12 +114,15 @@ def row(result: Result) -> str:
         f"{score.longest_gap_s:.2f}",
         f"{score.longest_wait_s:.2f}",
         result.not_replaced,
+        f"{result.longest_restart_s:.1f}",
         settled,
     )
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def tell_problems(result: Result) -> None:
+    for shortfall in result.shortfalls:
+        say(f"  shows nothing: {shortfall}")
     for kind, problems in (("lost", result.score.lost), ("wrong", result.score.wrong)):
         for problem in problems[:_SHOWN]:
             say(f"  {kind}: {told(problem)}")

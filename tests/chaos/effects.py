@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import os
-import signal
 from collections.abc import Sequence
 from typing import Any
 
 import httpx
+import psutil
 
 from blaze.config import APP_NAME
 from blaze.engines.faults import Faults
@@ -24,7 +23,6 @@ class Effects:
     def __init__(self, app: Served) -> None:
         self._app = app
         self._config = copy.deepcopy(app.config)
-        self._frozen: set[int] = set()  # pids
 
     # --- What there is -----------------------------------------------------------------------------------
 
@@ -37,40 +35,31 @@ class Effects:
 
     def seen(self) -> list[SeenReplica]:
         return [
-            SeenReplica(r["id"], r["model"], r["state"] == "ready" and r["breaker"] == "closed")
+            SeenReplica(
+                r["id"],
+                r["model"],
+                healthy=r["state"] == "ready" and r["breaker"] == "closed",
+                working=r["running"] + r["queued"] > 0,
+            )
             for r in self.replicas()
         ]
 
-    def pid(self, replica_id: str) -> int:
-        return next(int(r["pid"]) for r in self.replicas() if r["id"] == replica_id)
+    def process(self, replica_id: str) -> psutil.Process:
+        """Also later it is never another one of the same pid."""
+        return psutil.Process(next(int(r["pid"]) for r in self.replicas() if r["id"] == replica_id))
 
-    def router_pids(self) -> list[int]:
+    def routers(self) -> list[psutil.Process]:
         from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
         details = ServeSubmissionClient(self._app.cluster.dashboard).get_serve_details()
         routers = details["applications"][APP_NAME]["deployments"]["Router"]["replicas"]
-        return sorted(int(r["pid"]) for r in routers if r["state"] == "RUNNING" and r.get("pid"))
+        pids = sorted(int(r["pid"]) for r in routers if r["state"] == "RUNNING" and r.get("pid"))
+        return [psutil.Process(pid) for pid in pids]
 
     def is_deployed(self) -> bool:
         return self._app.cluster.progress().status == "RUNNING"
 
     # --- What is done ------------------------------------------------------------------------------------
-
-    def kill(self, pid: int) -> None:
-        _signal(pid, signal.SIGKILL)
-
-    def freeze(self, pid: int) -> None:
-        self._frozen.add(pid)
-        _signal(pid, signal.SIGSTOP)
-
-    def end_frozen(self, pid: int) -> bool:
-        """A frozen process would outlive the cluster. False: somebody else has ended it already."""
-        self._frozen.discard(pid)
-        return _signal(pid, signal.SIGKILL)
-
-    def end_all_frozen(self) -> None:
-        for pid in tuple(self._frozen):
-            self.end_frozen(pid)
 
     async def set_faults(self, model: str, replica_id: str, faults: Faults) -> None:
         """All of them on one event loop: Serve's handles are bound to theirs."""
@@ -102,9 +91,8 @@ class Effects:
         httpx.post(url, json=body, timeout=_PATIENCE_S, trust_env=False).raise_for_status()
 
 
-def _signal(pid: int, number: signal.Signals) -> bool:
+def has_ended(process: psutil.Process) -> bool:
     try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return False
-    return True
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -1,4 +1,7 @@
-"""Carries planned faults out, undoes them, and keeps account of who is in trouble."""
+"""Carries planned faults out, undoes those that pass, and keeps account of who is in trouble.
+
+Frozen and wedged replicas are left to the health actor. That it does not replace them is a fault of Blaze.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,22 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
+import psutil
+
 from blaze.engines.faults import Faults
-from tests.chaos.effects import STRATEGIES, Effects
+from tests.chaos.effects import STRATEGIES, Effects, has_ended
 from tests.chaos.models import Model
+from tests.chaos.replacement import Replacement
 from tests.chaos.schedule import NEED_A_SIMULATOR, NEED_NO_REPLICA, Kind, PlannedFault, SeenReplica, victim
 
 Value = TypeVar("Value")
 
 SLOWDOWN = 20.0
+_LOOK_EVERY_S = 0.5
 _FAILURES = (
     Faults(fail_rate=1.0),
     Faults(fail_rate=0.3, break_rate=0.3),
@@ -29,18 +37,31 @@ _FAILURES = (
 
 class Injector:
     def __init__(
-        self, effects: Effects, models: Sequence[Model], *, restart_s: float, say: Callable[[str], None]
+        self,
+        effects: Effects,
+        models: Sequence[Model],
+        *,
+        stall_after_s: float,
+        replaced_within_s: float,
+        say: Callable[[str], None],
+        look_every_s: float = _LOOK_EVERY_S,
     ) -> None:
-        """``restart_s``: how long a frozen or wedged replica is left to the health actor."""
+        """``stall_after_s``: of the cluster. ``replaced_within_s``: how long after it a frozen or wedged
+        replica must have been replaced."""
         self._effects = effects
         self._models = {model.name: model for model in models}
-        self._restart_s = restart_s
+        self._stall_after_s = stall_after_s
+        self._replaced_within_s = replaced_within_s
+        self._look_every_s = look_every_s
         self._say = say
         self._troubled: set[str] = set()
         self._undoing: list[asyncio.Task[None]] = []
+        self._left_alone: list[psutil.Process] = []  # frozen and wedged ones: they are the health actor's
+        self._load_has_ended = False
         self.done: Counter[Kind] = Counter()
         self.skipped = 0
-        self.not_replaced = 0  # frozen or wedged, and the health actor has left them so
+        self.not_replaced = 0  # frozen or wedged, and the health actor has left them so for too long
+        self.longest_restart_s = 0.0  # beyond stall_after_s
         self.router_kills: list[float] = []  # times of the monotonic clock
 
     async def inject(self, fault: PlannedFault) -> None:
@@ -58,7 +79,17 @@ class Injector:
             self._say(f"{fault.kind}: {hit}")
 
     async def undo_all(self) -> None:
+        """After the load, until everybody is well again or has been waited for long enough."""
+        self._load_has_ended = True
         await asyncio.gather(*self._undoing)
+
+    def clean_up(self) -> None:
+        """A frozen process would outlive the cluster."""
+        for process in self._left_alone:
+            if not has_ended(process):
+                self._say(f"pid {process.pid} is killed at the end")
+                with suppress(psutil.NoSuchProcess):  # it has ended after all
+                    process.kill()
 
     async def _carry_out(self, fault: PlannedFault) -> str | None:
         """Who was hit; None: nobody may be."""
@@ -96,31 +127,64 @@ class Injector:
         if fault.kind is Kind.REDEPLOY:
             await _away(effects.redeploy)
             return "all"
-        pids = await _away(effects.router_pids)
-        if len(pids) < 2:
+        routers = await _away(effects.routers)
+        if len(routers) < 2:
             return None
-        pid = pids[int(fault.draw * len(pids))]
+        router = routers[int(fault.draw * len(routers))]
         self.router_kills.append(time.monotonic())
-        await _away(lambda: effects.kill(pid))
-        return f"Router of pid {pid}"
+        router.kill()
+        return f"Router of pid {router.pid}"
 
     async def _hit(self, fault: PlannedFault, found: SeenReplica) -> None:
         effects, kind = self._effects, fault.kind
-        if kind in (Kind.KILL, Kind.STOP):
-            pid = await _away(lambda: effects.pid(found.id))
-            if kind is Kind.KILL:
-                effects.kill(pid)
-            else:
-                effects.freeze(pid)
-                self._undo_later(self._restart_s, found, lambda: _away(lambda: self._end_frozen(pid)))
+        if kind is Kind.KILL:
+            (await _away(lambda: effects.process(found.id))).kill()
+        elif kind in (Kind.STOP, Kind.HANG):
+            await self._make_unhealthy(fault, found)
         elif kind is Kind.DRAIN:
             await _away(lambda: effects.drain(found.id, True))
             undrain = partial(effects.drain, found.id, False)
             self._undo_later(fault.lasts_s, found, lambda: _away(undrain))
         else:
             await effects.set_faults(found.model, found.id, self._faults(fault))
-            lasts_s = self._restart_s if kind is Kind.HANG else fault.lasts_s
-            self._undo_later(lasts_s, found, lambda: self._heal(kind, found))
+            self._undo_later(fault.lasts_s, found, lambda: self._heal(found))
+
+    async def _make_unhealthy(self, fault: PlannedFault, found: SeenReplica) -> None:
+        """Nobody but the health actor ends it, until :meth:`clean_up`."""
+        effects, wedged = self._effects, fault.kind is Kind.HANG
+        process = await _away(lambda: effects.process(found.id))
+        known = {replica.id for replica in await _away(effects.seen)}
+        self._left_alone.append(process)
+        if wedged:
+            await effects.set_faults(found.model, found.id, self._faults(fault))
+        else:
+            process.suspend()
+        replacement = Replacement(
+            found,
+            known,
+            time.monotonic(),
+            only_with_work=wedged,
+            stall_after_s=self._stall_after_s,
+            within_s=self._replaced_within_s,
+        )
+        self._undoing.append(asyncio.create_task(self._watch(replacement, process)))
+
+    async def _watch(self, replacement: Replacement, process: psutil.Process) -> None:
+        while True:
+            await asyncio.sleep(self._look_every_s)
+            try:
+                seen = await _away(self._effects.seen)
+            except Exception:  # the cluster is in trouble, and the time goes on
+                seen = []
+            replacement.look(time.monotonic(), seen, has_ended=has_ended(process))
+            out_of_work = self._load_has_ended and replacement.is_idle
+            if replacement.is_there or replacement.is_overdue or out_of_work:
+                break
+        self._say(f"{replacement.victim.id}: {replacement.told}")
+        if replacement.is_there:
+            self._troubled.discard(replacement.victim.id)
+            self.longest_restart_s = max(self.longest_restart_s, replacement.replaced_s or 0.0)
+        self.not_replaced += replacement.is_overdue
 
     def _faults(self, fault: PlannedFault) -> Faults:
         if fault.kind is Kind.SLOW:
@@ -131,17 +195,9 @@ class Injector:
             return Faults(block_s=fault.lasts_s)
         return random.Random(fault.draw).choice(_FAILURES)
 
-    def _end_frozen(self, pid: int) -> None:
-        if self._effects.end_frozen(pid):
-            self.not_replaced += 1
-            self._say(f"pid {pid} was still frozen after {self._restart_s:.0f} s: killed")
-
-    async def _heal(self, kind: Kind, found: SeenReplica) -> None:
+    async def _heal(self, found: SeenReplica) -> None:
         if any(replica.id == found.id for replica in await _away(self._effects.seen)):
             await self._effects.set_faults(found.model, found.id, Faults())
-            if kind is Kind.HANG:
-                self.not_replaced += 1
-                self._say(f"{found.id} still hung after {self._restart_s:.0f} s: freed")
 
     def _undo_later(self, after_s: float, found: SeenReplica, undo: Callable[[], Awaitable[None]]) -> None:
         async def later() -> None:

@@ -10,7 +10,7 @@ import httpx
 
 from tests.chaos.models import Model
 from tests.chaos.score import Record
-from tests.chaos.workload import what_is_wrong
+from tests.chaos.workload import Asked, what_is_wrong
 from tests.streams import ask
 
 
@@ -40,11 +40,12 @@ class Load:
     async def _ask_on(self, model: Model, rng: random.Random) -> None:
         await asyncio.sleep(rng.random())
         while not self._stopping:
-            asked = model.draw(rng)
-            answer = await ask(
-                self._client, self._url + asked.path, asked.body, leave_after_s=asked.leave_after_s
-            )
-            wrong = None if answer.lost else what_is_wrong(answer, model.expect(asked.body))
-            self.records.append(Record(asked, answer, wrong))
-            if answer.lost:
+            record = await ask_and_check(self._client, self._url, model, model.draw(rng))
+            self.records.append(record)
+            if record.answer.lost:
                 await asyncio.sleep(0.2)  # a client that is refused does not ask a thousand times a second
+
+
+async def ask_and_check(client: httpx.AsyncClient, url: str, model: Model, asked: Asked) -> Record:
+    answer = await ask(client, url + asked.path, asked.body, leave_after_s=asked.leave_after_s)
+    return Record(asked, answer, None if answer.lost else what_is_wrong(answer, model.expect(asked.body)))

@@ -7,23 +7,37 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 
 from tests.chaos.effects import Effects
+from tests.chaos.load import ask_and_check
 from tests.chaos.models import Model
-from tests.streams import ask
+from tests.chaos.score import Record
 
 _AT_ONCE = 4  # requests per model: a breaker closes by requests only
 
 
+@dataclass(frozen=True)
+class Settled:
+    unwell: tuple[str, ...]  # what still was at the end of the time
+    records: tuple[Record, ...]  # of what was asked meanwhile
+
+
 async def settle(
-    effects: Effects, models: Sequence[Model], client: httpx.AsyncClient, url: str, *, within_s: float
-) -> tuple[str, ...]:
-    """What is still not well at the end of the time."""
+    effects: Effects,
+    models: Sequence[Model],
+    client: httpx.AsyncClient,
+    url: str,
+    *,
+    within_s: float,
+    every_s: float = 0.75,
+) -> Settled:
     rng, give_up = random.Random(0), time.monotonic() + within_s
     wanted = {model.name: model.replicas for model in models}
+    records: list[Record] = []
     while True:
         try:
             status = await asyncio.to_thread(effects.status)
@@ -33,10 +47,13 @@ async def settle(
         except (httpx.HTTPError, OSError, RuntimeError) as error:
             unwell = (f"status: {type(error).__name__}: {error}",)
         if not unwell or time.monotonic() > give_up:
-            return unwell
-        asked = [model.draw(rng) for model in models for _ in range(_AT_ONCE)]
-        await asyncio.gather(*(ask(client, url + one.path, one.body) for one in asked))
-        await asyncio.sleep(0.75)  # every Router has reported since
+            return Settled(unwell, tuple(records))
+        askers = [model for model in models for _ in range(_AT_ONCE)]
+        asked = [replace(model.draw(rng), leave_after_s=None) for model in askers]
+        records += await asyncio.gather(
+            *(ask_and_check(client, url, *one) for one in zip(askers, asked, strict=True))
+        )
+        await asyncio.sleep(every_s)  # every Router has reported since
 
 
 def what_is_unwell(status: Mapping[str, Any], wanted: Mapping[str, int]) -> tuple[str, ...]:

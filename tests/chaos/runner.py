@@ -23,19 +23,27 @@ class Plan:
     seconds: float = 60.0
     period_s: float = 5.0
     kinds: tuple[Kind, ...] = DEFAULT_KINDS
-    restart_s: float = 15.0  # how long a frozen or wedged replica is left to the health actor
+    stall_after_s: float = 5.0  # of the cluster
+    # After that a frozen or wedged replica has 5 s to be replaced, and as much again where two cores are
+    # shared by all replicas, the load, and those that start.
+    replaced_within_s: float = 10.0
+    least_share: float = 0.1  # right answers a second and client, without which it was no load
     settle_s: float = 90.0  # until all is well again
 
 
 @dataclass(frozen=True)
 class Result:
-    """``unsettled``: what was not as it should be at the end of the time for that; leaked slots are there."""
+    """``unsettled``: what was not as it should be at the end of the time for that; leaked slots are there.
+    ``right``: answers under load, of which there must be ``least_right``."""
 
     seed: int
     score: Score
     faults: dict[str, int]
     skipped: int
     not_replaced: int
+    longest_restart_s: float  # beyond stall_after_s
+    right: int
+    least_right: float
     resumed: int | None  # None: not known, for Routers were replaced
     settled_s: float
     unsettled: tuple[str, ...]
@@ -45,8 +53,19 @@ class Result:
         return tuple(what for what in self.unsettled if "leaked" in what)
 
     @property
+    def shortfalls(self) -> tuple[str, ...]:
+        """Why the run shows nothing, whatever came out."""
+        done, found = sum(self.faults.values()), []
+        if self.right < max(1.0, self.least_right):
+            found.append(f"{self.right} right answers, of at least {self.least_right:.0f}")
+        if done <= self.skipped:
+            found.append(f"{done} faults, and {self.skipped} skipped")
+        return tuple(found)
+
+    @property
     def is_good(self) -> bool:
-        return not (self.score.lost or self.score.wrong or self.unsettled)
+        bad = self.score.lost or self.score.wrong or self.unsettled or self.not_replaced or self.shortfalls
+        return not bad
 
 
 async def run(
@@ -58,7 +77,9 @@ async def run(
     def at(text: str) -> None:
         say(f"  {time.monotonic() - began_at:5.1f} s  {text}")
 
-    injector = Injector(effects, models, restart_s=plan.restart_s, say=at)
+    injector = Injector(
+        effects, models, stall_after_s=plan.stall_after_s, replaced_within_s=plan.replaced_within_s, say=at
+    )
     resumed_before = resumed(app)
     planned = schedule(
         seed,
@@ -76,19 +97,22 @@ async def run(
                 await asyncio.sleep(began_at + plan.seconds - time.monotonic())
             await injector.undo_all()
         finally:
-            effects.end_all_frozen()
+            injector.clean_up()
         ended_at = time.monotonic()
-        unsettled = await settle(effects, models, client, app.url, within_s=plan.settle_s)
+        settled = await settle(effects, models, client, app.url, within_s=plan.settle_s)
     replaced = injector.router_kills or injector.done[Kind.REDEPLOY]
     return Result(
         seed=seed,
-        score=score(load.records, began_at=began_at, router_kills=injector.router_kills),
+        score=score([*load.records, *settled.records], began_at=began_at, router_kills=injector.router_kills),
         faults={kind.value: count for kind, count in injector.done.items()},
         skipped=injector.skipped,
         not_replaced=injector.not_replaced,
+        longest_restart_s=injector.longest_restart_s,
+        right=sum(record.is_right for record in load.records),
+        least_right=plan.least_share * plan.seconds * sum(model.clients for model in models),
         resumed=None if replaced else resumed(app) - resumed_before,
         settled_s=time.monotonic() - ended_at,
-        unsettled=unsettled,
+        unsettled=settled.unwell,
     )
 
 

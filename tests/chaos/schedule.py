@@ -43,6 +43,7 @@ class SeenReplica:
     id: str
     model: str
     healthy: bool  # ready, and its breaker is closed
+    working: bool = False  # by its own account
 
 
 def schedule(

@@ -19,6 +19,11 @@ class Record:
     answer: Answer
     wrong: str | None  # of answers that are not lost
 
+    @property
+    def is_right(self) -> bool:
+        """A whole answer, and the right one."""
+        return self.answer.lost is None and not self.answer.left and self.wrong is None
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -148,9 +148,11 @@ async def test_nothing_is_lost_or_wrong_while_replicas_die_freeze_and_fail(seed:
     # Faults follow each other within a request's time here: three of them may well meet the same one.
     settings = DispatchSettings(slow_start_s=0.0, suspend_s=0.05, recheck_s=0.01, max_retries=8)
     problems: list[str] = []
+    right = 0
     stopping = False
 
     async def client(http: httpx.AsyncClient, number: int) -> None:
+        nonlocal right
         draws = random.Random(f"{seed}/{number}")
         while not stopping:
             asked = draw_request(draws, "m", tokens=OPTIONS.tokens)
@@ -158,6 +160,7 @@ async def test_nothing_is_lost_or_wrong_while_replicas_die_freeze_and_fail(seed:
             problem = answer.lost or what_is_wrong(answer, simulated(OPTIONS, asked.body))
             if problem:
                 problems.append(problem)
+            right += not problem
 
     service = FakeService({"m": pool}, settings=settings, clock=RealTime(), seed=seed)
     app = create_app(service, max_body_bytes=1 << 20, echo_request_id=True)
@@ -168,4 +171,7 @@ async def test_nothing_is_lost_or_wrong_while_replicas_die_freeze_and_fail(seed:
         stopping = True
         await asyncio.gather(*clients)
         assert problems == []
+        assert right > FAULTS + CLIENTS  # there was something to lose at every fault
         await until(lambda: service.in_flight == 0)
+        (model,) = (await service.status())["models"]
+        assert (model["waiting"], model["open"]) == (0, 0)
