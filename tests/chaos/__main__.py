@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from tests.chaos.effects import Effects
 from tests.chaos.models import Model, SimulatedModel, SmolLM2
 from tests.chaos.runner import Plan, Result, run
 from tests.chaos.schedule import DEFAULT_KINDS, Kind
@@ -80,10 +81,10 @@ async def run_all(app: Served, models: Sequence[Model], seeds: Sequence[int], pl
     async with new_client() as client:
         for model in models:
             await model.prepare(client, app.url)
-    results = []
+    results, effects = [], Effects(app)
     for seed in seeds:
         say(f"seed {seed}")
-        results.append(await run(app, models, seed, plan, say))
+        results.append(await run(app, effects, models, seed, plan, say))
         say(row(results[-1]))
         tell_problems(results[-1])
     return results

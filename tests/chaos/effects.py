@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -16,13 +17,18 @@ from tests.chaos.schedule import SeenReplica
 from tests.cluster.served import Served
 
 _PATIENCE_S = 10.0
+_TOLD = 20  # events
+_PAUSE = re.compile(r"no other for ([\d.]+) s")  # as the health actor says it of a restart
 STRATEGIES = ("round_robin", "least_connections", "least_response_time", "ip_hash", "adaptive")
 
 
 class Effects:
+    """On one cluster, for all runs on it: each redeploys what the one before has left."""
+
     def __init__(self, app: Served) -> None:
         self._app = app
         self._config = copy.deepcopy(app.config)
+        self._places: dict[str, tuple[str, int]] = {}  # of all replicas that were seen: model and rank
 
     # --- What there is -----------------------------------------------------------------------------------
 
@@ -34,14 +40,27 @@ class Effects:
         return self._app.status()
 
     def seen(self) -> list[SeenReplica]:
+        status = self.status()
+        self._places.update({r["id"]: (r["model"], r["rank"]) for r in status["replicas"]})
+        pauses = pauses_of(status["events"], self._places)
         return [
             SeenReplica(
                 r["id"],
                 r["model"],
                 healthy=r["state"] == "ready" and r["breaker"] == "closed",
                 working=r["running"] + r["queued"] > 0,
+                pause_s=pauses.get((r["model"], r["rank"]), 0.0),
             )
-            for r in self.replicas()
+            for r in status["replicas"]
+        ]
+
+    def told_of(self, model: str) -> list[str]:
+        """What was found and decided lately about its replicas."""
+        found = [e for e in self.status()["events"] if e["about"] == "replica" and e["model"] == model]
+        return [
+            f"{e['age_s']:.0f} s ago: {e['replica_id']} {self._places.get(e['replica_id'])}"
+            f" {e['before']} -> {e['after']}: {e['reason']}"
+            for e in found[-_TOLD:]
         ]
 
     def process(self, replica_id: str) -> psutil.Process:
@@ -96,3 +115,17 @@ def has_ended(process: psutil.Process) -> bool:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def pauses_of(
+    events: Sequence[Mapping[str, Any]], places: Mapping[str, tuple[str, int]]
+) -> dict[tuple[str, int], float]:
+    """For how long the health actor will restart nobody in a place (model and rank): it has done so lately.
+    ``events``: of a status, oldest first."""
+    pauses = {}
+    for event in events:
+        said = _PAUSE.search(event.get("reason") or "")
+        place = places.get(event["replica_id"])
+        if said and place and event.get("after") == "restarting":
+            pauses[place] = max(0.0, float(said[1]) - event["age_s"])
+    return pauses

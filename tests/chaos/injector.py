@@ -6,6 +6,7 @@ Frozen and wedged replicas are left to the health actor. That it does not replac
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter
@@ -20,7 +21,15 @@ from blaze.engines.faults import Faults
 from tests.chaos.effects import STRATEGIES, Effects, has_ended
 from tests.chaos.models import Model
 from tests.chaos.replacement import Replacement
-from tests.chaos.schedule import NEED_A_SIMULATOR, NEED_NO_REPLICA, Kind, PlannedFault, SeenReplica, victim
+from tests.chaos.schedule import (
+    ENDED_BY_HEALTH_ACTOR,
+    NEED_A_SIMULATOR,
+    NEED_NO_REPLICA,
+    Kind,
+    PlannedFault,
+    SeenReplica,
+    victim,
+)
 
 Value = TypeVar("Value")
 
@@ -109,10 +118,13 @@ class Injector:
     async def _victim(self, fault: PlannedFault) -> SeenReplica | None:
         """Of the planned model, or of another one if that has none to spare."""
         seen = await _away(self._effects.seen)
+        # Where it has restarted somebody lately, the health actor waits before it does so again. That it
+        # replaces somebody in time can be asked of it only where that pause is over by then.
+        pause_s = self._stall_after_s if fault.kind in ENDED_BY_HEALTH_ACTOR else math.inf
         for name in (fault.model, *(name for name in self._models if name != fault.model)):
             fits = self._models[name].is_simulator or fault.kind not in NEED_A_SIMULATOR
-            found = victim(seen, name, self._troubled, fault.draw) if fits else None
-            if found is not None:
+            found = victim(seen, name, self._troubled, fault.draw, longest_pause_s=pause_s)
+            if fits and found is not None:
                 return found
         return None
 
@@ -139,7 +151,7 @@ class Injector:
         effects, kind = self._effects, fault.kind
         if kind is Kind.KILL:
             (await _away(lambda: effects.process(found.id))).kill()
-        elif kind in (Kind.STOP, Kind.HANG):
+        elif kind in ENDED_BY_HEALTH_ACTOR:
             await self._make_unhealthy(fault, found)
         elif kind is Kind.DRAIN:
             await _away(lambda: effects.drain(found.id, True))
@@ -184,7 +196,16 @@ class Injector:
         if replacement.is_there:
             self._troubled.discard(replacement.victim.id)
             self.longest_restart_s = max(self.longest_restart_s, replacement.replaced_s or 0.0)
-        self.not_replaced += replacement.is_overdue
+        if replacement.is_overdue:
+            self.not_replaced += 1
+            await self._tell_about(replacement.victim.model)
+
+    async def _tell_about(self, model: str) -> None:
+        try:
+            for event in await _away(lambda: self._effects.told_of(model)):
+                self._say(f"  {event}")
+        except Exception as error:
+            self._say(f"  nothing is told of it: {type(error).__name__}")
 
     def _faults(self, fault: PlannedFault) -> Faults:
         if fault.kind is Kind.SLOW:

@@ -69,9 +69,13 @@ class Result:
 
 
 async def run(
-    app: Served, models: Sequence[Model], seed: int, plan: Plan, say: Callable[[str], None]
+    app: Served,
+    effects: Effects,
+    models: Sequence[Model],
+    seed: int,
+    plan: Plan,
+    say: Callable[[str], None],
 ) -> Result:
-    effects = Effects(app)
     began_at = time.monotonic()
 
     def at(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class Kind(StrEnum):
 
 DEFAULT_KINDS = tuple(kind for kind in Kind if kind is not Kind.ROUTER)
 NEED_A_SIMULATOR = frozenset({Kind.SLOW, Kind.FAIL, Kind.HANG, Kind.BLOCK})
+ENDED_BY_HEALTH_ACTOR = frozenset({Kind.STOP, Kind.HANG})
 NEED_NO_REPLICA = frozenset({Kind.REDEPLOY, Kind.STRATEGY, Kind.ROUTER})
 
 
@@ -44,6 +46,7 @@ class SeenReplica:
     model: str
     healthy: bool  # ready, and its breaker is closed
     working: bool = False  # by its own account
+    pause_s: float = 0.0  # until the health actor would restart it, for it has restarted others in its place
 
 
 def schedule(
@@ -69,10 +72,17 @@ def _in_turns(rng: random.Random, kinds: Sequence[Kind]) -> Iterator[Kind]:
 
 
 def victim(
-    seen: Iterable[SeenReplica], model: str, troubled: Collection[str], draw: float
+    seen: Iterable[SeenReplica],
+    model: str,
+    troubled: Collection[str],
+    draw: float,
+    *,
+    longest_pause_s: float = math.inf,
 ) -> SeenReplica | None:
-    """Which replica is hit. None: one healthy replica of the model is spared, and there are no more."""
+    """Which replica is hit. None: one healthy replica of the model is spared, and there are no more, or all
+    the others have a longer pause."""
     healthy = sorted(
         (r for r in seen if r.model == model and r.healthy and r.id not in troubled), key=lambda r: r.id
     )
-    return healthy[int(draw * len(healthy))] if len(healthy) > 1 else None
+    found = [replica for replica in healthy if replica.pause_s <= longest_pause_s]
+    return found[int(draw * len(found))] if found and len(healthy) > 1 else None

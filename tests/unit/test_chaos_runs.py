@@ -14,7 +14,7 @@ from blaze.engine_config import SimulatorConfig
 from blaze.engines.faults import Faults
 from blaze.engines.simulator import SimulatorEngine
 from tests.api_bench import ApiBench
-from tests.chaos.effects import Effects
+from tests.chaos.effects import Effects, pauses_of
 from tests.chaos.injector import Injector
 from tests.chaos.models import SimulatedModel
 from tests.chaos.peace import Settled, settle
@@ -118,16 +118,26 @@ class FakeEffects(Effects):
         self.processes = {name: FakeProcess(number) for number, name in enumerate("abc")}
         self.faults: dict[str, Faults] = {}
         self.working = True
+        self.pauses: dict[str, float] = {}
 
     def seen(self) -> list[SeenReplica]:
         return [
-            SeenReplica(name, "m", healthy=not process.frozen, working=self.working)
+            SeenReplica(
+                name,
+                "m",
+                healthy=not process.frozen,
+                working=self.working,
+                pause_s=self.pauses.get(name, 0.0),
+            )
             for name, process in self.processes.items()
             if not process.ended
         ]
 
     def process(self, replica_id: str) -> FakeProcess:
         return self.processes[replica_id]
+
+    def told_of(self, model: str) -> list[str]:
+        return ["nothing was decided"]
 
     async def set_faults(self, model: str, replica_id: str, faults: Faults) -> None:
         self.faults[replica_id] = faults
@@ -196,6 +206,37 @@ async def test_a_wedged_replica_that_nobody_sends_anything_is_no_fault_of_the_he
     assert injector.not_replaced == 0
     injector.clean_up()
     assert effects.processes["a"].ended
+
+
+@UNHEALTHY
+async def test_nobody_is_made_unhealthy_whom_the_health_actor_has_said_it_will_not_restart_yet(
+    effects: FakeEffects, kind: Kind
+) -> None:
+    injector = injector_of(effects)
+    effects.pauses = {"a": 10.0, "b": 10.0, "c": 0.01}
+    await injector.inject(fault(kind))
+    assert [name for name in "abc" if effects.processes[name].frozen or name in effects.faults] == ["c"]
+    await injector.inject(fault(kind))
+    assert (sum(injector.done.values()), injector.skipped) == (1, 1)
+    await injector.inject(fault(Kind.KILL))  # that has nothing to do with it
+    assert effects.processes["a"].ended
+    await injector.undo_all()
+    injector.clean_up()
+
+
+def test_for_how_long_nobody_is_restarted_in_a_place_is_what_the_health_actor_says() -> None:
+    reason = "no heartbeat for 5.1 s (restart {} of 6, no other for {} s)"
+    replaced = "the replacement is ready, 3.0 s after the restart"
+    events = [
+        {"replica_id": "a", "after": "restarting", "reason": reason.format(1, 5), "age_s": 40.0},
+        {"replica_id": "a", "after": "gone", "reason": "its process has ended", "age_s": 39.0},
+        {"replica_id": "c", "after": "restarting", "reason": reason.format(1, 5), "age_s": 7.0},
+        {"replica_id": "b", "after": "restarting", "reason": reason.format(2, 10), "age_s": 2.5},
+        {"replica_id": "b", "after": "replaced", "reason": replaced, "age_s": 1.0},
+        {"replica_id": "b", "after": "open", "reason": None, "age_s": 0.5},
+    ]
+    places = {"a": ("m", 0), "b": ("m", 0), "c": ("m", 1)}
+    assert pauses_of(events, places) == {("m", 0): 7.5, ("m", 1): 0.0}
 
 
 async def test_faults_that_pass_are_undone(effects: FakeEffects) -> None:
