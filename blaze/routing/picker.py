@@ -131,9 +131,15 @@ class Picker:
         if not len(eligible):
             if self.table.all_weights_are_zero:
                 raise Overloaded("All replicas of the model have weight 0.", retry_after_s=1)
-            if route.unfit and not len(self.table.available(route.unfit)):
+            if route.unfit and self._none_fits(route):
                 raise Overloaded("The replicas that could go on with the answer are gone.")
         return eligible
+
+    def _none_fits(self, route: Route) -> bool:
+        """Nobody that is here to stay can go on with it. Who is only out for a moment (suspended, suspect,
+        refused by its breaker) may be back before the deadline; where nobody is, somebody may come."""
+        staying = [r.replica_id for r in self.table.counters(self.model) if r.weight > 0 and not r.draining]
+        return bool(staying) and set(staying) <= set(route.unfit)
 
     def _kept(self, route: Route) -> ReplicaId | None:
         """Where the request's session is kept, if it can go there, be it only to wait."""

@@ -144,6 +144,56 @@ async def test_when_no_replica_of_its_variant_is_left_the_answer_ends() -> None:
     assert events[-1].error.http_status == 503
 
 
+@pytest.mark.parametrize("out", ["suspended", "suspect", "breaker", "gone with all others"])
+async def test_the_only_replica_of_its_variant_is_waited_for_while_it_is_out(out: str) -> None:
+    pool = BreakingPool(("a", "b", "c"))
+    bench = RoutingBench(pool)
+    stream = await bench.dispatcher.open(asked())
+    fits, other = sorted({"a", "b", "c"} - {stream.replica_id})
+    pool.variants = {other: "new"}
+    events = [*await anext(stream)]
+    table = bench.dispatcher.table
+    if out == "suspect":
+        bench.dispatcher.set_suspects([fits])
+    elif out == "breaker":
+        table.breakers.act(fits, "open")
+        table.changed()
+    else:
+        table.suspend(fits, 2.0)
+    pool.open_calls[-1].play([ReplicaLost("died")])
+    pool.set_live(fits, other)
+    reading = asyncio.create_task(collect(stream))
+    await until(lambda: other in bench.called and bench.waiting == 1)
+
+    if out == "gone with all others":
+        pool.set_live()
+    bench.clock.advance(2.1)
+    bench.dispatcher.set_suspects([])
+    table.breakers.act(fits, "close") if out == "breaker" else pool.set_live(fits, other)
+    table.changed()
+    events += await reading
+    assert events == flat(whole(asked(), (4,)))
+    assert bench.called[-1] == fits
+    assert sum(bench.in_flight.values()) == 0
+
+
+async def test_a_replica_that_is_out_and_then_gone_is_not_waited_for_any_more() -> None:
+    pool = BreakingPool(("a", "b", "c"))
+    bench = RoutingBench(pool)
+    stream = await bench.dispatcher.open(asked())
+    fits, other = sorted({"a", "b", "c"} - {stream.replica_id})
+    pool.variants = {other: "new"}
+    bench.dispatcher.table.suspend(fits, 2.0)
+    pool.open_calls[-1].play([ReplicaLost("died")])
+    pool.set_live(fits, other)
+    reading = asyncio.create_task(collect(stream))
+    await until(lambda: bench.waiting == 1)
+    pool.set_live(other)
+    events = await reading
+    assert isinstance(events[-1], Failed)
+    assert events[-1].error.message == "The replicas that could go on with the answer are gone."
+
+
 async def test_who_leaves_while_it_is_moved_leaves_nothing_behind() -> None:
     pool = BreakingPool(("a", "b"), breaks=[(2, ReplicaLost("died"))])
     bench = RoutingBench(pool, max_in_flight=1)
