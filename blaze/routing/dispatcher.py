@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from blaze.clock import Clock
 from blaze.control import Control
-from blaze.errors import BlazeError, ErrorInfo, OtherVariant, PoisonRequest, ReplicaDrained
+from blaze.errors import BlazeError, ErrorInfo, PoisonRequest
 from blaze.prompt_chain import PromptChain, prompt_chain
 from blaze.reports import ModelCounters, ReplicaCounters
 from blaze.routing.accounting import ModelAccount
@@ -27,7 +27,8 @@ from blaze.routing.picker import Picker
 from blaze.routing.pool import ReplicaPool
 from blaze.routing.replica import Lease, ReplicaInfo
 from blaze.routing.replicas import ReplicaTable
-from blaze.routing.retries import RetryBudget, pause_s
+from blaze.routing.retries import RetryBudget
+from blaze.routing.retry_policy import RetryPolicy
 from blaze.routing.route import POISON_DEATHS, Route, affinity_key, with_seed
 from blaze.routing.routed_stream import RoutedStream
 from blaze.routing.running import Running
@@ -36,7 +37,6 @@ from blaze.routing.strategy import Strategy
 from blaze.routing.transcript import transcript_of
 from blaze.types import GenerateRequest, ReplicaId, Request
 
-_NO_FAULT = (OtherVariant.code, ReplicaDrained.code)  # of the request, nor of the replica
 _POISON = PoisonRequest(f"{POISON_DEATHS} replicas have died as they began to work on it: no other is tried.")
 
 
@@ -95,6 +95,7 @@ class Dispatcher:
         self._control = Control()
         self._num_open = 0
         self._retries = RetryBudget()
+        self._policy = RetryPolicy(self._retries, self._picker, clock=clock, rng=rng, settings=settings)
         pool.subscribe(self._sync)  # first: what is published from now on is not missed
         self._sync(pool.live())
 
@@ -168,10 +169,9 @@ class Dispatcher:
         try:
             while True:
                 if error is not None:
-                    pause = await self._pause_before_another(route, error)
+                    pause = await self._policy.pause_before_another(route, error)
                     if pause is None:
                         return _POISON.info if route.is_poison else error
-                    self._retries.total += 1
                     if pause > 0:
                         await asyncio.sleep(pause)
                 attempt = await self._attempt(route)
@@ -182,31 +182,7 @@ class Dispatcher:
                 await attempt.aclose()
         finally:
             route.drop_ahead()
-            if route.reserved:
-                route.reserved = False
-                self._retries.give_back()
-
-    async def _pause_before_another(self, route: Route, error: ErrorInfo) -> float | None:
-        """Seconds until the next attempt; None: that was the last one."""
-        if not error.retryable or route.is_poison or self._picker.is_over:
-            return None
-        # A replica that goes away is not the request's fault, nor is one that was only tried with it: neither
-        # uses up its retries.
-        exempt = error.replica_gone or route.was_probe or error.code in _NO_FAULT
-        route.lost += exempt and error.code != OtherVariant.code  # which each replica says only once
-        route.retries += not exempt
-        pause = 0.0 if exempt else self._settings.retry_pause * pause_s(route.retries, self._rng)
-        if route.retries > self._settings.max_retries or route.lost > self._settings.max_lost:
-            return None
-        if self._clock.now() + pause >= route.deadline:
-            return None
-        # What has begun is not given up because much else has broken with it: it only moves.
-        if not exempt and not route.has_begun and not route.reserved:
-            wait_s = min(self._settings.retry_wait_s, route.deadline - self._clock.now() - pause)
-            route.reserved = await self._retries.reserve(self._active, wait_s)
-            if not route.reserved:
-                return None
-        return pause
+            self._policy.settled(route)
 
     async def _attempt(self, route: Route) -> Attempt:
         lease = route.take_ahead() or await self._picker.lease(route)
@@ -276,10 +252,6 @@ class Dispatcher:
         if self.strategy.wants_credit and isinstance(request, GenerateRequest):
             return prompt_chain(request.prompt)
         return ()
-
-    @property
-    def _active(self) -> int:
-        return self.table.in_flight + self._picker.num_waiting
 
     def _start(self, route: Route, lease: Lease) -> Attempt:
         self._costs.started(lease.cost)

@@ -78,6 +78,10 @@ class Picker:
     def num_waiting(self) -> int:
         return len(self._room)
 
+    @property
+    def num_active(self) -> int:
+        return self.table.in_flight + len(self._room)
+
     async def lease(self, route: Route) -> Lease:
         """A place on a replica. Raises :class:`Overloaded` when there is none before the deadline."""
         if not self._room:  # whoever waits already comes first
