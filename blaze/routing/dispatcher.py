@@ -147,13 +147,16 @@ class Dispatcher:
         return resumed
 
     async def move(self, route: Route, rest: Request) -> Attempt | None:
-        """The answer goes on at the place that was found for it, if it can begin there."""
+        """The answer goes on at the place that was found for it, if it can begin there soon: until then its
+        reader hears nothing, though it runs well enough where it is."""
         lease, route.has_begun = route.take_ahead(), True
-        route.request, route.cost = rest, self._costs.of(rest)
         if lease is None:
             return None
+        route.request, route.cost = rest, self._costs.of(rest)
         lease.recost(route.cost)
-        attempt = await self._begin(route, lease)
+        attempt = await self._begin_soon(route, lease)
+        if attempt is None:
+            return None
         if attempt.error is not None:
             route.note_failure(attempt.replica_id, attempt.error, died_at_work=attempt.died_at_work)
             await attempt.aclose()
@@ -162,6 +165,20 @@ class Dispatcher:
         route.lost += 1
         self._account.resumed += 1
         return attempt
+
+    async def _begin_soon(self, route: Route, lease: Lease) -> Attempt | None:
+        """None: it has not begun in time, and is not sent there again unless it has to be. Near the deadline
+        there is no time to find out."""
+        patience_s = self._settings.move_within_s
+        if self._clock.now() + patience_s >= route.deadline:
+            lease.release(Outcome.NEUTRAL)
+            return None
+        try:
+            async with asyncio.timeout(patience_s):
+                return await self._begin(route, lease)
+        except TimeoutError:
+            route.tried.append(lease.replica.id)
+            return None
 
     async def _send(self, route: Route, error: ErrorInfo | None = None) -> Attempt | ErrorInfo:
         """An attempt that has begun to answer, or the error that none got past. ``error``: of the attempt

@@ -50,12 +50,17 @@ class Route:
         self.deaths = self.deaths + 1 if died_at_work else 0
 
     def take_ahead(self) -> Lease | None:
-        lease, self.ahead = self.ahead, None
+        """The place that was found for it, unless its replica has become one where nobody is sent."""
+        lease = self.ahead
+        if lease is not None and not lease.replica.is_wanted:
+            self.drop_ahead()
+            return None
+        self.ahead = None
         return lease
 
     def drop_ahead(self) -> None:
         """It does not go there after all."""
-        lease = self.take_ahead()
+        lease, self.ahead = self.ahead, None
         if lease is not None:
             lease.release(Outcome.NEUTRAL)
 

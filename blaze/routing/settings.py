@@ -23,6 +23,7 @@ class DispatchSettings:
     slow_start_s: float = 30.0
     sticky_sessions: bool = False
     sticky_session_timeout_s: float = 300.0
+    move_within_s: float = 2.0  # else it stays: while it begins there, its reader hears nothing
     drain_timeout_s: float = 30.0  # then what runs on a draining replica goes on elsewhere
     routers: int = 1  # that share the replicas
     breaker: BreakerSettings = field(default_factory=BreakerSettings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -320,6 +320,48 @@ async def test_it_does_not_move_for_ever() -> None:
     reader.call.release()
     assert await reader.finish() == WHOLE
     assert len(bench.called) == 1
+
+
+async def test_who_does_not_begin_soon_is_left_again_and_asked_no_second_time() -> None:
+    pool = BreakingPool(("a", "b"))
+    bench = DrainBench(pool, move_within_s=0.01)
+    reader = await bench.reading(asked())
+    pool.held = True  # takes it and says nothing: wedged, or at work on something long
+    bench.change(drain(reader.replica_id, 0.0))
+    reader.call.release()
+    assert await reader.finish() == WHOLE
+    assert len(bench.called) == 2
+    assert pool.open_calls[1].cancelled
+    assert bench.outcomes == {"success": 1, "failure": 0, "neutral": 1}
+    assert sum(bench.in_flight.values()) == 0
+
+
+@pytest.mark.parametrize("becomes", ["suspect", "draining"])
+async def test_nobody_moves_to_a_place_that_nobody_is_sent_to_any_more(becomes: str) -> None:
+    bench = DrainBench(BreakingPool(("a", "b")))
+    reader = await bench.reading(asked())
+    (other,) = {"a", "b"} - {reader.replica_id}
+    bench.change(drain(reader.replica_id, 0.0))
+    assert bench.in_flight[other] == 1
+    if becomes == "suspect":
+        bench.dispatcher.set_suspects([other])
+    else:
+        bench.change(drain(other, 0.0))
+    reader.call.release()
+    assert await reader.finish() == WHOLE
+    assert bench.called == [reader.replica_id]
+    assert sum(bench.in_flight.values()) == 0
+
+
+async def test_an_answer_that_is_nearly_due_stays() -> None:
+    bench = DrainBench(BreakingPool(("a", "b")), move_within_s=2.0)
+    reader = await bench.reading(replace(asked(), timeout_s=60.0))
+    bench.clock.advance(58.5)
+    bench.change(drain(reader.replica_id, 0.0))
+    reader.call.release()
+    assert await reader.finish() == WHOLE
+    assert len(bench.called) == 1
+    assert sum(bench.in_flight.values()) == 0
 
 
 async def test_moves_take_nothing_from_the_budget_of_retries() -> None:
