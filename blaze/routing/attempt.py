@@ -122,7 +122,7 @@ class Attempt:
             self._finished(last)
         elif isinstance(last, Failed):
             self._told = True
-            if last.error.replica_gone:
+            if last.error.replica_gone and not self._ended:  # or it is old news of the replica
                 self._state.table.suspend(self.replica_id, self._state.suspend_s)
             failed = last.error.is_failure or self._broken is _TOO_LATE
             self._end(Outcome.FAILURE if failed else Outcome.NEUTRAL, last.error.retry_after_s)
@@ -206,8 +206,8 @@ class Attempt:
         self._call.cancel()
         if self._reader is not None:
             self._reader.cancel()
-        elif end is not _SILENT:  # nobody has asked for more: the replica is not to blame
-            self._end(Outcome.NEUTRAL)
+        else:  # at once: who does not read may never come back, and its place would stay taken
+            self._end(Outcome.FAILURE if end is _SILENT else Outcome.NEUTRAL)
 
     # --- What the answer says of its replica ---------------------------------------------------------
 

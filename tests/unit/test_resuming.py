@@ -289,6 +289,24 @@ async def test_what_runs_on_a_suspect_replica_goes_on_elsewhere() -> None:
     assert sum(bench.in_flight.values()) == 0
 
 
+async def test_whoever_does_not_read_holds_no_place_on_a_suspect_replica() -> None:
+    pool = BreakingPool(("a", "b", "c"))
+    bench = RoutingBench(pool)
+    stream = await bench.dispatcher.open(asked())
+    frozen = stream.replica_id
+    events = list(await anext(stream))
+    bench.dispatcher.set_suspects([frozen])
+    assert (sum(bench.in_flight.values()), bench.failures[frozen]) == (0, 1)
+    assert pool.open_calls[0].cancelled
+
+    bench.dispatcher.set_suspects([])
+    async for batch in stream:
+        events += batch
+    assert events == flat(whole(asked(), (4,)))
+    assert bench.dispatcher.available_replicas == 3, "it was suspect before, and is not now"
+    assert bench.outcomes == {"success": 1, "failure": 1, "neutral": 0}
+
+
 async def test_a_call_that_says_that_it_was_cancelled_is_moved_nevertheless() -> None:
     class Talkative(FakeCall):
         def cancel(self) -> None:
