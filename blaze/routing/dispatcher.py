@@ -135,10 +135,12 @@ class Dispatcher:
         route.drop_ahead()
         self._num_open -= 1
 
-    async def resume(self, route: Route, rest: Request, error: ErrorInfo) -> Attempt | ErrorInfo:
+    async def resume(
+        self, route: Route, rest: Request, error: ErrorInfo, *, advanced: int
+    ) -> Attempt | ErrorInfo:
         """The answer goes on from where it broke. Returns why not, where it cannot."""
         route.request, route.cost, route.has_begun = rest, self._costs.of(rest), True
-        route.note_failure(route.tried_last, error, died_at_work=False)
+        route.note_failure(route.tried_last, error, died_at_work=False, advanced=advanced)
         try:
             resumed = await self._send(route, error)
         except BlazeError as refused:

@@ -39,8 +39,10 @@ class RetryPolicy:
         # A replica that goes away is not the request's fault, nor is one that was only tried with it: neither
         # uses up its retries.
         exempt = error.replica_gone or route.was_probe or error.code in _NO_FAULT
-        route.lost += exempt and error.code != OtherVariant.code  # which each replica says only once
-        route.retries += not exempt
+        counts = exempt or route.has_begun
+        route.lost += counts and error.code != OtherVariant.code  # which each replica says only once
+        # What an attempt has brought is kept: with the rest the request begins anew, with all of its retries.
+        route.retries = 0 if route.advanced > 0 else route.retries + (not exempt)
         pause = 0.0 if exempt else self._settings.retry_pause * pause_s(route.retries, self._rng)
         if route.retries > self._settings.max_retries or route.lost > self._settings.max_lost:
             return None

@@ -22,8 +22,9 @@ class Route:
     """``tried``: replicas on which it has failed; ``unfit``: those that cannot go on with it; ``tried_last``:
     where it was sent last, failed or not.
 
-    ``retries`` after errors and ``lost`` for replicas that went away: attempts beyond the first. ``deaths``:
-    replicas in a row that died as they began to work on it.
+    Attempts beyond the first: ``retries`` after errors, since something last came of it; ``lost`` for
+    replicas that went away, and for all that broke when its reader had had some of it. ``deaths``: replicas
+    in a row that died as they began to work on it.
     """
 
     request: Request
@@ -38,13 +39,17 @@ class Route:
     retries: int = 0
     lost: int = 0
     deaths: int = 0
+    advanced: int = 0  # how much the last attempt has added to the answer, in tokens or steps
     was_probe: bool = False  # the last attempt: sent to find out whether a replica has recovered
     reserved: bool = False  # of the budget for retries
     ahead: Lease | None = None  # a place that it goes to next
     has_begun: bool = False  # its reader has had some of the answer
 
-    def note_failure(self, replica_id: ReplicaId, error: ErrorInfo, *, died_at_work: bool) -> None:
+    def note_failure(
+        self, replica_id: ReplicaId, error: ErrorInfo, *, died_at_work: bool, advanced: int = 0
+    ) -> None:
         self.tried.append(replica_id)
+        self.advanced = advanced
         if error.code == OtherVariant.code:
             self.unfit.append(replica_id)
         self.deaths = self.deaths + 1 if died_at_work else 0

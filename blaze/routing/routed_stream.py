@@ -15,8 +15,12 @@ from blaze.types import Events, Failed, Finished, ReplicaId, Request
 class Onward(Protocol):
     """How an answer goes on, on another replica."""
 
-    async def resume(self, route: Route, rest: Request, error: ErrorInfo) -> Attempt | ErrorInfo:
-        """The attempt before has broken with ``error``: another one, or why there is none."""
+    async def resume(
+        self, route: Route, rest: Request, error: ErrorInfo, *, advanced: int
+    ) -> Attempt | ErrorInfo:
+        """The attempt before has broken with ``error``: another one, or why there is none.
+
+        ``advanced``: how much that attempt has added to the answer, in tokens or steps."""
         ...
 
     async def move(self, route: Route, rest: Request) -> Attempt | None:
@@ -44,6 +48,7 @@ class RoutedStream:
         self._route = route
         self._attempt = None if isinstance(attempt, ErrorInfo) else attempt
         self._transcript = transcript
+        self._had = transcript.amounts  # when the attempt began
         self._onward = onward
         self._broken = self.error  # what is to be got past, or told
         self._told = False
@@ -83,8 +88,12 @@ class RoutedStream:
             return
         found = await self._onward.move(self._route, rest)
         if found is not None:
-            self._attempt = found
+            self._take_over(found)
             await attempt.aclose()
+
+    def _take_over(self, attempt: Attempt) -> None:
+        self._attempt, self._broken = attempt, None
+        self._had = self._transcript.amounts
 
     async def _go_on(self, error: ErrorInfo) -> Events | None:
         """None: somebody has taken over. Else this is how the answer ends."""
@@ -93,9 +102,12 @@ class RoutedStream:
             if isinstance(rest, Finished):
                 self._told = True
                 return (rest,)
-            found = await self._onward.resume(self._route, rest, error)
+            advanced = max(
+                now - before for now, before in zip(self._transcript.amounts, self._had, strict=True)
+            )
+            found = await self._onward.resume(self._route, rest, error, advanced=advanced)
             if isinstance(found, Attempt):
-                self._attempt, self._broken = found, None
+                self._take_over(found)
                 return None
             error = found
         self._told = True

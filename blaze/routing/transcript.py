@@ -31,6 +31,11 @@ class Transcript(Protocol):
         """The request for what is missing; where nothing is, the end of the answer."""
         ...
 
+    @property
+    def amounts(self) -> tuple[int, ...]:
+        """How much of each part of the answer the reader has had. They only grow."""
+        ...
+
 
 def transcript_of(request: Request) -> Transcript:
     return TextTranscript(request) if isinstance(request, GenerateRequest) else ImageTranscript(request)
@@ -70,6 +75,11 @@ class TextTranscript:
             return Finished(Usage(len(started.prompt_token_ids), sum(map(len, self._generated))))
         return replace(self._request, generated=tuple(map(tuple, self._generated)), variant=started.variant)
 
+    @property
+    def amounts(self) -> tuple[int, ...]:
+        """Tokens of each choice."""
+        return tuple(map(len, self._generated))
+
     def _is_known(self, event: Event) -> bool:
         if isinstance(event, Started):
             return self._started is not None
@@ -95,6 +105,10 @@ class ImageTranscript:
         if len(self._ready) == self._request.n:
             return Finished(Usage(images=self._request.n))
         return self._request
+
+    @property
+    def amounts(self) -> tuple[int, ...]:
+        return self._steps, len(self._previews), len(self._ready)
 
     def _is_new(self, event: Event) -> bool:
         if isinstance(event, Started):

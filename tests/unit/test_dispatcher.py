@@ -129,7 +129,7 @@ async def test_an_error_in_mid_stream_that_nobody_could_mend_is_its_one_terminal
 
 
 async def test_an_answer_that_ends_without_a_result_is_a_failure() -> None:
-    bench = RoutingBench(FakePool(("a",), scripts={"a": [[BEGINNING]]}), max_retries=0)
+    bench = RoutingBench(FakePool(("a",), scripts={"a": [[BEGINNING]]}), max_lost=0)
     events = await bench.ask(text_request())
     assert isinstance(events[-1], Failed)
     assert events[-1].error.is_failure

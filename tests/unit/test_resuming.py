@@ -37,7 +37,7 @@ from blaze.types import (
     Usage,
 )
 from tests.breaking_pool import PROMPT, BreakingPool, asked, flat, whole
-from tests.fakes import FakeCall, FakePool
+from tests.fakes import FakeCall, FakePool, Script
 from tests.routing_bench import RoutingBench
 from tests.samples import collect, image_request, text_of
 from tests.waiting import until
@@ -75,13 +75,34 @@ async def test_what_the_next_replica_is_asked_for() -> None:
     assert bench.dispatcher.counters()[0].resumed == 1
 
 
-async def test_an_engine_that_fails_in_the_middle_is_gone_on_from_within_the_retries() -> None:
-    pool = BreakingPool(("a", "b", "c"), breaks=[(2, EngineFailure("raised"))] * 3)
-    bench = RoutingBench(pool, max_retries=2)
+async def test_an_engine_that_fails_in_the_middle_is_gone_on_from_as_often_as_one_that_dies() -> None:
+    breaks = [(2, EngineFailure("raised"))]
+    bench = RoutingBench(BreakingPool(("a", "b", "c"), lengths=(9,), breaks=breaks * 8), max_retries=0)
+    assert await bench.ask(asked()) == flat(whole(asked(), (9,)))
+    assert len(bench.called) == 9
+
+    bench = RoutingBench(BreakingPool(("a", "b", "c"), lengths=(19,), breaks=breaks * 9))
     events = await bench.ask(asked())
-    assert [e.error.message for e in events if isinstance(e, Failed)] == ["raised"]
-    assert len(bench.called) == 3
-    assert text_of(events) == "0.0 0.1 0.2 "
+    assert isinstance(events[-1], Failed) and events[-1].error.message == "raised"
+    assert len(bench.called) == 9
+
+
+async def test_an_answer_that_does_not_get_any_further_ends_with_its_retries() -> None:
+    """An engine that always fails at the same token is not asked for it again and again."""
+    breaks = [(3, EngineFailure("raised")), *[(1, EngineFailure("raised"))] * 8]
+    bench = RoutingBench(BreakingPool(("a", "b", "c"), breaks=breaks), max_retries=2)
+    events = await bench.ask(asked())
+    assert isinstance(events[-1], Failed) and events[-1].error.message == "raised"
+    assert len(bench.called) == 1 + 1 + 2
+    assert text_of(events) == "0.0 0.1 "
+
+
+async def test_an_image_that_is_drawn_again_gets_no_further_by_showing_the_same_once_more() -> None:
+    script: Script = [(Started(), Progress(1, 9)), (Progress(2, 9),), EngineFailure("raised")]
+    bench = RoutingBench(FakePool(next_scripts=[list(script) for _ in range(9)]), max_retries=2)
+    events = await bench.ask(image_request(progress=True))
+    assert isinstance(events[-1], Failed)
+    assert len(bench.called) == 1 + 1 + 2
 
 
 async def test_what_another_replica_would_not_do_better_ends_the_answer() -> None:
