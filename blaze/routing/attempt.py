@@ -14,6 +14,7 @@ from blaze.errors import (
     EngineFailure,
     ErrorInfo,
     ReplicaDrained,
+    ReplicaLost,
     ReplicaUnreachable,
 )
 from blaze.routing.accounting import ModelAccount
@@ -22,7 +23,7 @@ from blaze.routing.outcome import Outcome
 from blaze.routing.pool import ReplicaCall
 from blaze.routing.replica import Lease
 from blaze.routing.replicas import ReplicaTable
-from blaze.routing.route import Route
+from blaze.routing.route import Death, Route
 from blaze.routing.running import Running
 from blaze.types import (
     Event,
@@ -65,7 +66,7 @@ class Attempt:
         self._ended = False  # as far as the replica is concerned
         self._told = False  # the terminal event has been given out
         self._shown = False  # content has come
-        self.died_at_work = False  # the replica went as the engine had taken the request up, and nothing came
+        self.death: Death | None = None  # the replica went as the engine had taken the request up
         # The engine keeps the deadline itself and says so; who says nothing for a while longer has failed.
         # One timer for all of the answer: one per batch would be a good part of what a batch costs.
         self._patience_ends = route.deadline + state.deadline_grace_s
@@ -86,8 +87,8 @@ class Attempt:
             has_content = any(map(self._is_content, events))
             if isinstance(last, Failed) and not has_content:
                 self.error = last.error
-                died = last.error.replica_gone and last.error.is_failure
-                self.died_at_work = died and isinstance(events[0], Started)
+                if isinstance(events[0], Started):
+                    self.death = self._death_by(last.error)
                 self._first = (last,)
                 return
             if has_content:
@@ -95,6 +96,16 @@ class Attempt:
                 self._shown = True
                 self._note_first_content(events)
                 return
+
+    def _death_by(self, error: ErrorInfo) -> Death | None:
+        if not (error.replica_gone and error.is_failure):
+            return None
+        return Death(
+            self._lease.replica,
+            certain=error.code == ReplicaLost.code,
+            silent=self._broken is _SILENT,
+            at=self._state.clock.now(),
+        )
 
     def _is_content(self, event: Event) -> bool:
         """Something that is shown to whoever reads the answer: a preview is, and a step where they were

@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from blaze.clock import Clock
 from blaze.control import Control
-from blaze.errors import BlazeError, ErrorInfo, PoisonRequest
+from blaze.errors import BlazeError, ErrorInfo
 from blaze.prompt_chain import PromptChain, prompt_chain
 from blaze.reports import ModelCounters, ReplicaCounters
 from blaze.routing.accounting import ModelAccount
@@ -24,20 +24,19 @@ from blaze.routing.cost import CostModel
 from blaze.routing.draining import Drainage, draining_error
 from blaze.routing.outcome import Outcome
 from blaze.routing.picker import Picker
+from blaze.routing.poison import PoisonJudge
 from blaze.routing.pool import ReplicaPool
 from blaze.routing.replica import Lease, ReplicaInfo
 from blaze.routing.replicas import ReplicaTable
 from blaze.routing.retries import RetryBudget
 from blaze.routing.retry_policy import RetryPolicy
-from blaze.routing.route import POISON_DEATHS, Route, affinity_key, with_seed
+from blaze.routing.route import Route, affinity_key, with_seed
 from blaze.routing.routed_stream import RoutedStream
 from blaze.routing.running import Running
 from blaze.routing.settings import DispatchSettings
 from blaze.routing.strategy import Strategy
 from blaze.routing.transcript import transcript_of
 from blaze.types import GenerateRequest, ReplicaId, Request
-
-_POISON = PoisonRequest(f"{POISON_DEATHS} replicas have died as they began to work on it: no other is tried.")
 
 
 class Dispatcher:
@@ -95,7 +94,10 @@ class Dispatcher:
         self._control = Control()
         self._num_open = 0
         self._retries = RetryBudget()
-        self._policy = RetryPolicy(self._retries, self._picker, clock=clock, rng=rng, settings=settings)
+        poison = PoisonJudge(self.table, clock=clock, doubt_s=settings.doubt_s)
+        self._policy = RetryPolicy(
+            self._retries, poison, self._picker, clock=clock, rng=rng, settings=settings
+        )
         pool.subscribe(self._sync)  # first: what is published from now on is not missed
         self._sync(pool.live())
 
@@ -140,7 +142,7 @@ class Dispatcher:
     ) -> Attempt | ErrorInfo:
         """The answer goes on from where it broke. Returns why not, where it cannot."""
         route.request, route.cost, route.has_begun = rest, self._costs.of(rest), True
-        route.note_failure(route.tried_last, error, died_at_work=False, advanced=advanced)
+        route.note_failure(route.tried_last, error, advanced=advanced)
         try:
             resumed = await self._send(route, error)
         except BlazeError as refused:
@@ -160,7 +162,7 @@ class Dispatcher:
         if attempt is None:
             return None
         if attempt.error is not None:
-            route.note_failure(attempt.replica_id, attempt.error, died_at_work=attempt.died_at_work)
+            route.note_failure(attempt.replica_id, attempt.error, death=attempt.death)
             await attempt.aclose()
             return None
         route.tried_last = attempt.replica_id
@@ -189,15 +191,15 @@ class Dispatcher:
             while True:
                 if error is not None:
                     pause = await self._policy.pause_before_another(route, error)
-                    if pause is None:
-                        return _POISON.info if route.is_poison else error
+                    if isinstance(pause, ErrorInfo):
+                        return pause
                     if pause > 0:
                         await asyncio.sleep(pause)
                 attempt = await self._attempt(route)
                 error = attempt.error
                 if error is None:
                     return attempt
-                route.note_failure(attempt.replica_id, error, died_at_work=attempt.died_at_work)
+                route.note_failure(attempt.replica_id, error, death=attempt.death)
                 await attempt.aclose()
         finally:
             route.drop_ahead()

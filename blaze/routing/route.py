@@ -11,10 +11,23 @@ from blaze.errors import ErrorInfo, OtherVariant
 from blaze.prompt_chain import PromptChain
 from blaze.routing.columns import stable_hash
 from blaze.routing.outcome import Outcome
-from blaze.routing.replica import Lease
+from blaze.routing.replica import Lease, Replica
 from blaze.types import GenerateRequest, ReplicaId, Request
 
 POISON_DEATHS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A replica went away as it began to work on a request.
+
+    ``certain``: it is dead. Else its connection broke, or, ``silent``, the health actor hears nothing of it.
+    """
+
+    replica: Replica
+    certain: bool
+    silent: bool
+    at: float
 
 
 @dataclass(slots=True)
@@ -23,8 +36,8 @@ class Route:
     where it was sent last, failed or not.
 
     Attempts beyond the first: ``retries`` after errors, since something last came of it; ``lost`` for
-    replicas that went away, and for all that broke when its reader had had some of it. ``deaths``: replicas
-    in a row that died as they began to work on it.
+    replicas that went away, and for all that broke when its reader had had some of it. ``deaths``: in a
+    row, as far as is known, by :class:`blaze.routing.poison.PoisonJudge`.
     """
 
     request: Request
@@ -38,7 +51,7 @@ class Route:
     tried_last: ReplicaId = ""
     retries: int = 0
     lost: int = 0
-    deaths: int = 0
+    deaths: list[Death] = field(default_factory=list)
     advanced: int = 0  # how much the last attempt has added to the answer, in tokens or steps
     was_probe: bool = False  # the last attempt: sent to find out whether a replica has recovered
     reserved: bool = False  # of the budget for retries
@@ -46,13 +59,13 @@ class Route:
     has_begun: bool = False  # its reader has had some of the answer
 
     def note_failure(
-        self, replica_id: ReplicaId, error: ErrorInfo, *, died_at_work: bool, advanced: int = 0
+        self, replica_id: ReplicaId, error: ErrorInfo, *, death: Death | None = None, advanced: int = 0
     ) -> None:
         self.tried.append(replica_id)
         self.advanced = advanced
         if error.code == OtherVariant.code:
             self.unfit.append(replica_id)
-        self.deaths = self.deaths + 1 if died_at_work else 0
+        self.deaths = [*self.deaths, death] if death is not None else []
 
     def take_ahead(self) -> Lease | None:
         """The place that was found for it, unless its replica has become one where nobody is sent."""
@@ -71,7 +84,8 @@ class Route:
 
     @property
     def is_poison(self) -> bool:
-        return self.deaths >= POISON_DEATHS
+        """As far as is known."""
+        return len(self.deaths) >= POISON_DEATHS
 
 
 def affinity_key(request: Request) -> int | None:

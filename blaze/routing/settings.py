@@ -18,6 +18,7 @@ class DispatchSettings:
     max_in_flight: int = 64  # per replica, from this dispatcher
     at_once: int = 32  # requests that a replica works on at the same time; more wait there
     suspend_s: float = 2.0  # after a lost call; longer than a dead replica takes to leave the live set
+    doubt_s: float = 5.0  # after a lost call: longer than a dead replica takes to be found dead
     recheck_s: float = 0.5  # how often waiting requests look again without being told to
     deadline_grace_s: float = 1.0  # for the engine to say itself that the deadline has passed
     slow_start_s: float = 30.0

@@ -233,32 +233,7 @@ async def test_who_leaves_while_it_is_moved_leaves_nothing_behind() -> None:
     blocker.release(Outcome.SUCCESS)
 
 
-# --- Poison ------------------------------------------------------------------------------------------
-
-
-async def test_a_request_that_two_replicas_died_of_is_refused() -> None:
-    pool = BreakingPool(tuple("abcd"), breaks=[(1, ReplicaLost("died"))] * 4)
-    bench = RoutingBench(pool)
-    (event,) = await bench.ask(asked())
-    assert isinstance(event, Failed)
-    assert (event.error.code, event.error.http_status, event.error.retryable) == (
-        "poison_request",
-        500,
-        False,
-    )
-    assert len(bench.called) == 2
-    assert sum(bench.failures.values()) == 2
-
-
-@pytest.mark.parametrize("error", [ReplicaStopping("drained"), EngineFailure("raised")])
-async def test_replicas_that_do_not_die_are_no_sign_of_poison(error: BlazeError) -> None:
-    pool = BreakingPool(tuple("abcd"), breaks=[(1, error)] * 2)
-    assert text_of(await RoutingBench(pool).ask(asked())) == "0.0 0.1 0.2 0.3 "
-
-
-async def test_replicas_that_die_before_they_began_are_no_sign_of_poison() -> None:
-    pool = BreakingPool(tuple("abcd"), breaks=[(0, ReplicaLost("died"))] * 3)
-    assert text_of(await RoutingBench(pool).ask(asked())) == "0.0 0.1 0.2 0.3 "
+# --- Many at once ------------------------------------------------------------------------------------
 
 
 async def test_all_that_runs_on_a_replica_breaks_at_once_and_goes_on() -> None:
