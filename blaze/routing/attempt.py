@@ -66,7 +66,7 @@ class Attempt:
         self._ended = False  # as far as the replica is concerned
         self._told = False  # the terminal event has been given out
         self._shown = False  # content has come
-        self.death: Death | None = None  # the replica went as the engine had taken the request up
+        self.death: Death | None = None  # the replica went as the engine had taken it up, and nothing came
         # The engine keeps the deadline itself and says so; who says nothing for a while longer has failed.
         # One timer for all of the answer: one per batch would be a good part of what a batch costs.
         self._patience_ends = route.deadline + state.deadline_grace_s
@@ -88,7 +88,7 @@ class Attempt:
             if isinstance(last, Failed) and not has_content:
                 self.error = last.error
                 if isinstance(events[0], Started):
-                    self.death = self._death_by(last.error)
+                    self.death = self.death_by(last.error)
                 self._first = (last,)
                 return
             if has_content:
@@ -97,13 +97,15 @@ class Attempt:
                 self._note_first_content(events)
                 return
 
-    def _death_by(self, error: ErrorInfo) -> Death | None:
-        if not (error.replica_gone and error.is_failure):
-            return None
+    def death_by(self, error: ErrorInfo) -> Death | None:
+        """With the error its replica went; None: that is no sign of it."""
+        silent = self._broken is _SILENT
+        if not (error.replica_gone and error.is_failure) or (silent and self._shown):
+            return None  # who has worked on it and then falls silent may have any reason for that
         return Death(
             self._lease.replica,
             certain=error.code == ReplicaLost.code,
-            silent=self._broken is _SILENT,
+            silent=silent,
             at=self._state.clock.now(),
         )
 

@@ -138,11 +138,11 @@ class Dispatcher:
         self._num_open -= 1
 
     async def resume(
-        self, route: Route, rest: Request, error: ErrorInfo, *, advanced: int
+        self, route: Route, rest: Request, broken: Attempt, error: ErrorInfo, *, advanced: int
     ) -> Attempt | ErrorInfo:
         """The answer goes on from where it broke. Returns why not, where it cannot."""
         route.request, route.cost, route.has_begun = rest, self._costs.of(rest), True
-        route.note_failure(route.tried_last, error, advanced=advanced)
+        route.note_failure(broken.replica_id, error, death=broken.death_by(error), advanced=advanced)
         try:
             resumed = await self._send(route, error)
         except BlazeError as refused:
@@ -167,6 +167,7 @@ class Dispatcher:
             return None
         route.tried_last = attempt.replica_id
         route.lost += 1
+        route.deaths.clear()  # it ran well enough where it was
         self._account.resumed += 1
         return attempt
 

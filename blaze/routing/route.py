@@ -15,6 +15,7 @@ from blaze.routing.replica import Lease, Replica
 from blaze.types import GenerateRequest, ReplicaId, Request
 
 POISON_DEATHS = 2
+_FEW = 1  # token of a choice: what kills a replica by its first step has shown that much
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,8 @@ class Route:
     where it was sent last, failed or not.
 
     Attempts beyond the first: ``retries`` after errors, since something last came of it; ``lost`` for
-    replicas that went away, and for all that broke when its reader had had some of it. ``deaths``: in a
-    row, as far as is known, by :class:`blaze.routing.poison.PoisonJudge`.
+    replicas that went away, and for all that broke when its reader had had some of it. ``deaths``: since
+    a replica last survived it, as far as is known, by :class:`blaze.routing.poison.PoisonJudge`.
     """
 
     request: Request
@@ -65,7 +66,10 @@ class Route:
         self.advanced = advanced
         if error.code == OtherVariant.code:
             self.unfit.append(replica_id)
-        self.deaths = [*self.deaths, death] if death is not None else []
+        if death is not None and advanced <= _FEW:
+            self.deaths.append(death)
+        elif advanced > _FEW or (error.is_failure and not error.replica_gone):
+            self.deaths.clear()  # who fails at it and lives, has not died of it
 
     def take_ahead(self) -> Lease | None:
         """The place that was found for it, unless its replica has become one where nobody is sent."""

@@ -16,11 +16,12 @@ class Onward(Protocol):
     """How an answer goes on, on another replica."""
 
     async def resume(
-        self, route: Route, rest: Request, error: ErrorInfo, *, advanced: int
+        self, route: Route, rest: Request, broken: Attempt, error: ErrorInfo, *, advanced: int
     ) -> Attempt | ErrorInfo:
         """The attempt before has broken with ``error``: another one, or why there is none.
 
-        ``advanced``: how much that attempt has added to the answer, in tokens or steps."""
+        ``advanced``: how much that attempt has added to the answer, in tokens or steps.
+        """
         ...
 
     async def move(self, route: Route, rest: Request) -> Attempt | None:
@@ -97,7 +98,7 @@ class RoutedStream:
 
     async def _go_on(self, error: ErrorInfo) -> Events | None:
         """None: somebody has taken over. Else this is how the answer ends."""
-        if self.error is None and error.retryable:
+        if self._attempt is not None and error.retryable:
             rest = self._transcript.rest()
             if isinstance(rest, Finished):
                 self._told = True
@@ -105,7 +106,7 @@ class RoutedStream:
             advanced = max(
                 now - before for now, before in zip(self._transcript.amounts, self._had, strict=True)
             )
-            found = await self._onward.resume(self._route, rest, error, advanced=advanced)
+            found = await self._onward.resume(self._route, rest, self._attempt, error, advanced=advanced)
             if isinstance(found, Attempt):
                 self._take_over(found)
                 return None

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 import pytest
 
-from blaze.errors import BlazeError, EngineFailure, ReplicaLost, ReplicaStopping, ReplicaUnreachable
-from blaze.types import Failed, ReplicaId, Request
-from tests.breaking_pool import BreakingPool, asked
-from tests.fakes import FakeCall
+from blaze.errors import (
+    BlazeError,
+    EngineFailure,
+    Overloaded,
+    ReplicaLost,
+    ReplicaStopping,
+    ReplicaUnreachable,
+)
+from blaze.types import Failed, Progress, ReplicaId, Request, Started
+from tests.breaking_pool import BreakingPool, asked, flat, whole
+from tests.fakes import FakeCall, FakePool, Script
 from tests.routing_bench import RoutingBench
-from tests.samples import text_of
+from tests.samples import image_request, text_of
 from tests.waiting import until
 
 
@@ -29,6 +37,63 @@ async def test_a_request_that_two_replicas_died_of_is_refused() -> None:
     assert sum(bench.failures.values()) == 2
 
 
+async def test_nor_may_it_show_a_token_each_time_before_it_kills() -> None:
+    breaks = [(2, ReplicaLost("died"))] * 9
+    bench = RoutingBench(BreakingPool(tuple("abcdefghij"), lengths=(60,), breaks=breaks))
+    events = await bench.ask(asked())
+    assert isinstance(events[-1], Failed) and events[-1].error.code == "poison_request"
+    assert events[:-1] == flat(whole(asked(), (60,)))[: 1 + 2]
+    assert len(bench.called) == 2
+
+
+async def test_replicas_that_fall_silent_after_its_first_token_are_no_sign_of_poison() -> None:
+    pool = SilentPool(tuple("abcd"), shows=2)
+    bench = RoutingBench(pool)
+    asking = asyncio.create_task(bench.ask(asked()))
+    for calls in (1, 2):
+        await until(lambda calls=calls: len(pool.open_calls) == calls and pool.open_calls[-1].is_held)
+        bench.dispatcher.set_suspects(bench.called)
+    await until(lambda: len(pool.open_calls) == 3)
+    pool.open_calls[-1].release()
+    assert text_of(await asking) == "0.0 0.1 0.2 0.3 "
+
+
+async def test_a_token_that_kills_kills_no_more_after_two_that_went_on_with_it() -> None:
+    breaks = [(20, ReplicaLost("died")), *[(1, ReplicaLost("died"))] * 9]
+    bench = RoutingBench(BreakingPool(tuple("abcdefghij"), lengths=(60,), breaks=breaks))
+    events = await bench.ask(asked())
+    assert isinstance(events[-1], Failed) and events[-1].error.code == "poison_request"
+    assert len(bench.called) == 3
+
+
+async def test_an_image_that_kills_after_the_same_step_each_time_is_refused() -> None:
+    script: Script = [(Started(),), (Progress(1, 9),), (Progress(5, 9),), ReplicaLost("died")]
+    bench = RoutingBench(FakePool(tuple("abcdefghij"), next_scripts=[list(script) for _ in range(9)]))
+    events = await bench.ask(image_request(progress=True))
+    assert isinstance(events[-1], Failed) and events[-1].error.code == "poison_request"
+    assert len(bench.called) == 3
+
+
+async def test_deaths_between_which_an_answer_gets_on_are_no_sign_of_poison() -> None:
+    breaks = [(count, ReplicaLost("died")) for count in (2, 3, 2, 3, 2)]
+    bench = RoutingBench(BreakingPool(tuple("abcdefghij"), lengths=(30,), breaks=breaks))
+    assert await bench.ask(asked()) == flat(whole(asked(), (30,)))
+
+
+@pytest.mark.parametrize("error", [Overloaded("full"), ReplicaStopping("bye"), ReplicaLost("gone")])
+async def test_who_has_not_tried_it_between_two_deaths_says_nothing_of_it(error: BlazeError) -> None:
+    breaks = [(1, ReplicaLost("died")), (0, error), (1, ReplicaLost("died"))]
+    bench = RoutingBench(BreakingPool(tuple("abcdefghij"), breaks=breaks))
+    (event,) = await bench.ask(asked())
+    assert isinstance(event, Failed) and event.error.code == "poison_request"
+
+
+async def test_who_has_failed_at_it_and_lives_shows_that_it_is_no_poison() -> None:
+    breaks = [(1, ReplicaLost("died")), (1, EngineFailure("raised")), (1, ReplicaLost("died"))]
+    bench = RoutingBench(BreakingPool(tuple("abcdefghij"), breaks=breaks))
+    assert text_of(await bench.ask(asked())) == "0.0 0.1 0.2 0.3 "
+
+
 @pytest.mark.parametrize("error", [ReplicaStopping("drained"), EngineFailure("raised")])
 async def test_replicas_that_do_not_die_are_no_sign_of_poison(error: BlazeError) -> None:
     pool = BreakingPool(tuple("abcd"), breaks=[(1, error)] * 2)
@@ -40,12 +105,15 @@ async def test_replicas_that_die_before_they_began_are_no_sign_of_poison() -> No
     assert text_of(await RoutingBench(pool).ask(asked())) == "0.0 0.1 0.2 0.3 "
 
 
+@dataclass
 class SilentPool(BreakingPool):
     """Its replicas take the request up and say nothing more until they are told to."""
 
+    shows: int = 1  # batch, and no more
+
     def call(self, replica_id: ReplicaId, request: Request) -> FakeCall:
         call = super().call(replica_id, request)
-        call.hold_after(1)
+        call.hold_after(self.shows)
         return call
 
 

@@ -46,15 +46,17 @@ LOST = st.sampled_from([ReplicaLost("died"), ReplicaUnreachable("away"), Replica
 
 
 @given(
-    st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    st.lists(st.integers(1, 20), min_size=1, max_size=3),
     st.lists(st.tuples(st.integers(1, 7), LOST), max_size=6),
 )
 def test_wherever_it_breaks_the_reader_gets_the_unbroken_answer(
     lengths: list[int], breaks: list[tuple[int, BlazeError]]
 ) -> None:
     async def ask() -> tuple[list[Event], RoutingBench]:
-        # Never before the first token twice in a row: that would be taken for poison.
-        pool = BreakingPool(tuple("abcd"), lengths=lengths, breaks=[(1 + after, e) for after, e in breaks])
+        # Never with the first tokens twice in a row: that would be taken for poison.
+        pool = BreakingPool(
+            tuple("abcdefgh"), lengths=lengths, breaks=[(3 + after, e) for after, e in breaks]
+        )
         bench = RoutingBench(pool)
         return await bench.ask(asked(len(lengths))), bench
 
@@ -124,7 +126,7 @@ async def test_when_only_the_end_was_lost_nobody_is_asked() -> None:
 
 
 async def test_max_lost_bounds_it() -> None:
-    pool = BreakingPool(tuple("abcdefgh"), lengths=(20,), breaks=[(2, ReplicaLost("died"))] * 20)
+    pool = BreakingPool(tuple("abcdefgh"), lengths=(60,), breaks=[(3, ReplicaLost("died"))] * 20)
     bench = RoutingBench(pool, max_lost=5)
     events = await bench.ask(asked())
     assert isinstance(events[-1], Failed)
