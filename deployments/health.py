@@ -94,8 +94,12 @@ class HealthActor:
         for model, name in self._deployments.items():
             found = application.deployments.get(name)
             if found is not None:
+                states = found.replica_states
                 facts[model] = DeploymentFacts(
-                    str(found.status.value), found.message, sum(found.replica_states.values())
+                    str(found.status.value),
+                    found.message,
+                    replicas=sum(states.values()),
+                    stopping=states.get("STOPPING", 0),
                 )
         self._supervisor.learn(facts)
 

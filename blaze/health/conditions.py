@@ -23,6 +23,7 @@ class DeploymentFacts:
     status: str  # Serve's: UPDATING, HEALTHY, UNHEALTHY, DEPLOY_FAILED, UPSCALING, DOWNSCALING
     message: str = ""
     replicas: int = 0  # in any state
+    stopping: int = 0  # of them
 
 
 def condition_of(
@@ -34,9 +35,10 @@ def condition_of(
     crash_loops: Sequence[str] = (),
 ) -> ModelCondition:
     """``given_up``: why replicas of the model are not restarted any more; ``crash_loops``: of what they die
-    again and again."""
+    again and again, one for each place where they do. Where there are other places, there is hope."""
     count = Counter(states)
     failed = facts is not None and facts.status == "DEPLOY_FAILED"
+    places = facts.replicas - facts.stopping if facts is not None else 0
     raised = _cause(facts.message) if facts is not None else None
     reason = detail = ""
     if raised is not None:
@@ -51,7 +53,7 @@ def condition_of(
         reason, detail = "replicas failed again and again, and are not restarted any more", given_up[0]
     if count[ReplicaState.READY]:
         return ModelCondition(model, "ready", reason, detail)
-    if failed or crash_loops or (given_up and not count[ReplicaState.STARTING]):
+    if failed or len(crash_loops) >= max(1, places) or (given_up and not count[ReplicaState.STARTING]):
         return ModelCondition(model, "failing", reason, detail)
     if not count and facts is not None and facts.status == "HEALTHY" and not facts.replicas:
         return ModelCondition(model, "idle")

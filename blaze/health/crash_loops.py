@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from blaze.backoff import Backoff
 from blaze.clock import Clock
-from blaze.health.restarts import Replicas, Slot, slot_of
 from blaze.health.settings import HealthSettings
+from blaze.health.slots import Replicas, Slot, slot_of
 from blaze.reports import ReplicaState
 from blaze.types import ReplicaId
 
@@ -75,6 +75,11 @@ class CrashLoops:
                 record.well = (replica_id, now)
             elif now - record.well[1] >= self._settings.forgive_after_s:
                 del self._records[slot_of(vitals.heartbeat)]
+
+    def forget(self, model: str, first_rank: int) -> None:
+        """The model's slots from this rank on are no more, or begin anew."""
+        for slot in [slot for slot in self._records if slot[0] == model and slot[1] >= first_rank]:
+            del self._records[slot]
 
     def _backoff(self, most_s: float) -> Backoff:
         bound = self._settings.max_restarts

@@ -6,22 +6,18 @@ on with it. So the last one that is well is never among them. Serve's controller
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from blaze.backoff import Backoff
 from blaze.clock import Clock
 from blaze.health.journal import Journal
 from blaze.health.settings import HealthSettings
-from blaze.health.vitals import Ailment, AilmentKind, Vitals
-from blaze.reports import Heartbeat, ReplicaState
+from blaze.health.slots import Replicas, Slot, slot_of
+from blaze.health.vitals import Ailment, AilmentKind
+from blaze.reports import ReplicaState
 from blaze.types import ReplicaId
 
 _STILL_THERE_S = 10.0  # a heartbeat so long after it was ended: it was not
-
-Replicas: TypeAlias = Mapping[ReplicaId, Vitals]
-Slot: TypeAlias = tuple[str, int]  # a place of a model, by rank: replicas come and go in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +110,11 @@ class Restarts:
         self._condemned.pop(replica_id, None)
         self._killed.pop(replica_id, None)
 
+    def forget(self, model: str, first_rank: int) -> None:
+        """The model's slots from this rank on are no more, or begin anew."""
+        for slot in [slot for slot in self._backoffs if slot[0] == model and slot[1] >= first_rank]:
+            del self._backoffs[slot]
+
     # --- A decision, step by step --------------------------------------------------------------------
 
     def _judge(self, replicas: Replicas, now: float) -> None:
@@ -198,7 +199,3 @@ class Restarts:
     def _is_given_up(self, slot: Slot) -> bool:
         backoff = self._backoffs.get(slot)
         return backoff is not None and backoff.is_exhausted
-
-
-def slot_of(heartbeat: Heartbeat) -> Slot:
-    return heartbeat.model, heartbeat.rank

@@ -9,8 +9,9 @@ from blaze.control import Change, Control
 from blaze.health.conditions import DeploymentFacts, condition_of
 from blaze.health.crash_loops import CrashLoops
 from blaze.health.journal import Journal
-from blaze.health.restarts import Kill, Restarts, slot_of
+from blaze.health.restarts import Kill, Restarts
 from blaze.health.settings import HealthSettings
+from blaze.health.slots import Vacancies, slot_of
 from blaze.health.view import ClusterView, ReplicaHealth
 from blaze.health.vitals import AilmentKind, Vitals
 from blaze.reports import (
@@ -38,6 +39,7 @@ class Supervisor:
         self._journal = Journal(clock)
         self._restarts = Restarts(settings, clock, self._journal)
         self._crash_loops = CrashLoops(settings, clock)
+        self._vacancies = Vacancies(settings.forgive_after_s, clock)
         self._vitals: dict[ReplicaId, Vitals] = {}
         self._shown: dict[ReplicaId, ReplicaState] = {}
         self._ended: dict[ReplicaId, float] = {}  # and when that was found
@@ -137,6 +139,9 @@ class Supervisor:
     def learn(self, facts: Mapping[str, DeploymentFacts]) -> None:
         """What is said of the models' deployments, by model."""
         self._facts = facts
+        for model, first_rank in self._vacancies.learn(facts):
+            self._crash_loops.forget(model, first_rank)
+            self._restarts.forget(model, first_rank)
 
     # --- What is done about it -----------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from blaze.health.conditions import DeploymentFacts
 from blaze.health.settings import HealthSettings
 from blaze.reports import ReplicaCounters, ReplicaState, RouterReport
 from tests.health_watch import HealthWatch
@@ -27,6 +28,19 @@ class Loop(HealthWatch):
             counters = ReplicaCounters(f"r{self.deaths}", "m", in_flight, 1.0, 0, 0)
             self.supervisor.report(RouterReport("router", (), (counters,)))
             assert self.supervisor.decide() == ()
+
+    def learn(self, status: str, replicas: int) -> str:
+        """What Serve says of the deployment, and what the model is then."""
+        self.supervisor.learn({"m": DeploymentFacts(status, "", replicas)})
+        return self.condition().state
+
+    def fail_to_load(self) -> str:
+        """As often as it takes. What the model is then."""
+        for _ in range(SETTINGS.max_restarts):
+            self.live(1, state="loading")
+            self.supervisor.not_loaded(f"r{self.deaths}", "m", 0, "OSError: the hub is away")
+            self.deaths += 1
+        return self.condition().state
 
     def die(self) -> float:
         """How long the next one waits."""
@@ -110,3 +124,83 @@ def test_whoever_stops_in_good_order_or_is_ended_by_decision_is_not_held_against
         loop.supervisor.goodbye(f"r{loop.deaths}")
         loop.deaths += 1
     assert loop.supervisor.load_in_s("m", 0) == 0
+
+
+# --- What is held against a slot ends ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seen", [("HEALTHY",), ("UPDATING", "HEALTHY")])
+def test_a_model_that_is_scaled_to_zero_is_woken_again_whatever_became_of_the_last_ones(
+    seen: tuple[str, ...],
+) -> None:
+    """A failing model refuses requests, so none would ever wake it."""
+    loop = Loop()
+    assert loop.learn("DEPLOY_FAILED", 1) == loop.fail_to_load() == "failing"
+    for status in seen:
+        found = loop.learn(status, 0)
+    assert found == "idle"
+    assert loop.supervisor.load_in_s("m", 0) == 0
+
+
+def test_a_model_that_fails_after_it_was_woken_fails_again_within_as_many_attempts() -> None:
+    loop = Loop()
+    for _ in range(3):
+        assert loop.learn("HEALTHY", 0) == "idle"
+        loop.learn("UPSCALING", 1)
+        assert loop.fail_to_load() == "failing"
+
+
+def test_a_deployment_that_does_not_become_healthy_is_believed_when_it_has_been_empty_for_long() -> None:
+    """Serve calls it unhealthy until a replica runs, scaled to zero or not."""
+    loop = Loop()
+    loop.learn("UNHEALTHY", 1)
+    loop.fail_to_load()
+    for _ in range(int(SETTINGS.forgive_after_s / 2)):
+        assert loop.learn("UNHEALTHY", 0) == "failing"
+        loop.clock.advance(2.0)
+    assert loop.learn("UNHEALTHY", 0) != "failing"
+
+
+def test_that_nobody_is_there_between_a_death_and_the_next_replica_forgives_nothing() -> None:
+    loop = Loop()
+    for _ in range(SETTINGS.max_restarts):
+        loop.learn("HEALTHY", 1)
+        loop.live(70)
+        loop.die()
+        loop.learn("UNHEALTHY", 0)
+        loop.learn("UNHEALTHY", 1)
+    loop.live(1, state="loading")
+    assert loop.condition().state == "failing"
+
+
+def test_a_new_version_begins_anew() -> None:
+    loop = Loop()
+    assert loop.learn("UNHEALTHY", 1) == "loading"
+    assert loop.fail_to_load() == "failing"
+    assert loop.learn("UPDATING", 1) == "loading"
+    assert loop.supervisor.load_in_s("m", 0) == 0
+    assert loop.fail_to_load() == "failing"
+    assert loop.learn("UPDATING", 1) == "failing"  # still the same one
+
+
+def test_a_slot_that_is_no_more_is_not_held_against_those_that_are_left() -> None:
+    watch = HealthWatch(SETTINGS)
+    for number in range(SETTINGS.max_restarts):
+        watch.supervisor.heartbeat(heartbeat(f"b{number}", rank=1, actor="b"))
+        watch.supervisor.ended(f"b{number}")
+    watch.supervisor.heartbeat(heartbeat("a", actor="a"))
+    assert watch.condition().reason
+    watch.supervisor.learn({"m": DeploymentFacts("HEALTHY", "", 1)})
+    assert (watch.condition().state, watch.condition().reason) == ("ready", "")
+
+
+def test_a_model_does_not_fail_while_another_slot_may_do_better() -> None:
+    watch = HealthWatch(SETTINGS)
+    watch.supervisor.learn({"m": DeploymentFacts("UNHEALTHY", "", 3, stopping=1)})
+    states: list[str] = []
+    for rank in (1, 0):
+        for number in range(SETTINGS.max_restarts):
+            watch.supervisor.heartbeat(heartbeat(f"{rank}{number}", rank=rank, actor="x"))
+            watch.supervisor.ended(f"{rank}{number}")
+        states.append(watch.condition().state)
+    assert states == ["loading", "failing"]

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+from blaze.health.conditions import DeploymentFacts
 from blaze.health.journal import EVENTS
 from blaze.health.settings import HealthSettings
 from blaze.reports import ReplicaState
@@ -152,6 +153,20 @@ def test_a_slot_that_is_well_for_long_begins_anew() -> None:
         cluster.patients[next(iter(cluster.patients))].fault = "failed"
         cluster.run(10 + SETTINGS.forgive_after_s)
     assert len(cluster.killed) == 3 * SETTINGS.max_restarts
+
+
+@pytest.mark.parametrize("facts", [DeploymentFacts("UPDATING", "", 1), DeploymentFacts("HEALTHY", "", 0)])
+def test_a_slot_that_was_given_up_begins_anew_with_a_new_version_and_after_a_scale_down(
+    facts: DeploymentFacts,
+) -> None:
+    cluster = watch("a", comes_back="failed")
+    cluster.supervisor.learn({"m": DeploymentFacts("HEALTHY", "", 1)})
+    cluster.patients["a"].fault = "failed"
+    cluster.run(400)
+    assert len(cluster.killed) == SETTINGS.max_restarts
+    cluster.supervisor.learn({"m": facts})
+    cluster.run(400)
+    assert len(cluster.killed) == 2 * SETTINGS.max_restarts
 
 
 def test_replicas_that_die_by_themselves_are_not_held_against_their_slot() -> None:
