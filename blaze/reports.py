@@ -147,6 +147,7 @@ class ModelCounters:
     panic: bool = False  # breakers are ignored, for they refuse more than half of the replicas
     transitions: tuple[tuple[str, int], ...] = ()  # (state that a breaker came to, count)
     events: tuple[BreakerEvent, ...] = ()  # the last ones
+    died_at_work: tuple[ReplicaId, ...] = ()  # the last replicas that were lost with requests on them
 
 
 TTFT_BUCKETS_S: tuple[float, ...] = (

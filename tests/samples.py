@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, Literal
 
-from blaze.reports import DiffusionStatus, EngineStatus, Heartbeat
+from blaze.reports import TTFT_BUCKETS_S, DiffusionStatus, EngineStatus, Heartbeat, ModelCounters
 from blaze.sampling_params import SamplingParams
 from blaze.types import (
     Caller,
@@ -84,6 +84,21 @@ def heartbeat(
         kind, state, running, queued, steps, 0.5, detail, diffusion=diffusion, compute_cpu_s=cpu_s
     )
     return Heartbeat(replica_id, model, rank, "node-1", 4711, status, memory_bytes=1 << 20, actor=actor)
+
+
+def model_counters(**values: object) -> ModelCounters:
+    base: dict[str, object] = {
+        "model": "m",
+        "strategy": "round_robin",
+        "waiting": 1,
+        "outcomes": (("success", 2), ("failure", 1)),
+        "prompt_tokens": 10,
+        "completion_tokens": 20,
+        "images": 3,
+        "ttft_buckets": tuple(range(len(TTFT_BUCKETS_S))),
+        "ttft_sum_s": 0.5,
+    }
+    return ModelCounters(**{**base, **values})  # type: ignore[arg-type]
 
 
 async def collect(batches: AsyncIterator[Events]) -> list[Event]:

@@ -181,7 +181,7 @@ class Supervisor:
             beat, before = vitals.heartbeat, self._health(vitals, self._clock.now()).state
             self._journal.note(beat.model, replica_id, before, "gone", "its process has ended")
             if before is not ReplicaState.RESTARTING:
-                at_work = beat.engine.work_pending > 0 or self._in_flight_on(replica_id) > 0
+                at_work = beat.engine.work_pending > 0 or self._had_requests(replica_id)
                 self._crash_loops.died(slot_of(beat), "the process has ended by itself", at_work=at_work)
             self._ended[replica_id] = self._clock.now()
             self._forget(replica_id)
@@ -279,9 +279,12 @@ class Supervisor:
             del self._reports[router_id]
         self._forget_settings(now)
 
-    def _in_flight_on(self, replica_id: ReplicaId) -> int:
-        reports = (report for _, report in self._reports.values())
-        return sum(r.in_flight for report in reports for r in report.replicas if r.replica_id == replica_id)
+    def _had_requests(self, replica_id: ReplicaId) -> bool:
+        """As Routers saw it: one that kills its replica at once is in no heartbeat of it."""
+        reports = [report for _, report in self._reports.values()]
+        return any(replica_id in model.died_at_work for report in reports for model in report.models) or any(
+            r.in_flight > 0 for report in reports for r in report.replicas if r.replica_id == replica_id
+        )
 
     def _routed_to(self) -> set[ReplicaId]:
         return {replica.replica_id for _, report in self._reports.values() for replica in report.replicas}

@@ -110,6 +110,7 @@ def _sum_model(parts: list[ModelCounters]) -> ModelCounters:
         panic=any(part.panic for part in parts),
         transitions=_sum_outcomes(part.transitions for part in parts),
         events=tuple(event for part in parts for event in part.events),
+        died_at_work=tuple(dict.fromkeys(id for part in parts for id in part.died_at_work)),
     )
 
 

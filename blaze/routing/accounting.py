@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 
 from blaze.reports import TTFT_BUCKETS_S, ModelCounters
 from blaze.routing.outcome import Outcome
-from blaze.types import Usage
+from blaze.types import ReplicaId, Usage
+
+_DEATHS = 64  # the last ones: the health actor asks about each within seconds
 
 
 class ModelAccount:
@@ -19,6 +22,7 @@ class ModelAccount:
         self.resumed = 0  # answers that went on on another replica
         self._ttft_buckets = [0] * len(TTFT_BUCKETS_S)
         self._ttft_sum_s = 0.0
+        self._died_at_work: deque[ReplicaId] = deque(maxlen=_DEATHS)
 
     def first_content(self, after_s: float) -> None:
         self._ttft_buckets[bisect_left(TTFT_BUCKETS_S, after_s)] += 1
@@ -32,6 +36,10 @@ class ModelAccount:
         self._completion_tokens += usage.completion_tokens
         self._images += usage.images
 
+    def died_at_work(self, replica_id: ReplicaId) -> None:
+        if replica_id not in self._died_at_work:
+            self._died_at_work.append(replica_id)
+
     def counters(self, *, strategy: str, waiting: int) -> ModelCounters:
         return ModelCounters(
             model=self._model,
@@ -44,4 +52,5 @@ class ModelAccount:
             resumed=self.resumed,
             ttft_buckets=tuple(self._ttft_buckets),
             ttft_sum_s=self._ttft_sum_s,
+            died_at_work=tuple(self._died_at_work),
         )

@@ -65,6 +65,7 @@ class Attempt:
         self._first: Events = ()
         self._ended = False  # as far as the replica is concerned
         self._told = False  # the terminal event has been given out
+        self._taken_up = False  # the engine has begun with it
         self._shown = False  # content has come
         self.death: Death | None = None  # the replica went as the engine had taken it up, and nothing came
         # The engine keeps the deadline itself and says so; who says nothing for a while longer has failed.
@@ -130,6 +131,7 @@ class Attempt:
     async def _next(self) -> Events:
         events = await self._receive()
         last = events[-1]
+        self._taken_up = self._taken_up or isinstance(events[0], Started)
         if isinstance(last, Finished):
             self._told = True
             self._finished(last)
@@ -137,6 +139,7 @@ class Attempt:
             self._told = True
             if last.error.replica_gone and not self._ended:  # or it is old news of the replica
                 self._state.table.suspend(self.replica_id, self._state.suspend_s)
+                self._note_death(last.error)
             failed = last.error.is_failure or self._broken is _TOO_LATE
             self._end(Outcome.FAILURE if failed else Outcome.NEUTRAL, last.error.retry_after_s)
         return events
@@ -223,6 +226,11 @@ class Attempt:
             self._end(Outcome.FAILURE if end is _SILENT else Outcome.NEUTRAL)
 
     # --- What the answer says of its replica ---------------------------------------------------------
+
+    def _note_death(self, error: ErrorInfo) -> None:
+        """In case it has ended: who was only sent to one that had died before says nothing of why it did."""
+        if self._taken_up and error.is_failure:
+            self._state.account.died_at_work(self.replica_id)
 
     def _note_first_content(self, events: Events) -> None:
         state, request = self._state, self._request

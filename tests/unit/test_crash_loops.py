@@ -8,7 +8,7 @@ from blaze.health.conditions import DeploymentFacts
 from blaze.health.settings import HealthSettings
 from blaze.reports import ReplicaCounters, ReplicaState, RouterReport
 from tests.health_watch import HealthWatch
-from tests.samples import heartbeat
+from tests.samples import heartbeat, model_counters
 
 SETTINGS = HealthSettings(max_restarts=6, forgive_after_s=120.0)
 
@@ -106,6 +106,22 @@ def test_deaths_with_requests_on_them_are_short_of_consequences(in_flight: int) 
     assert (max(waits), waits[0]) == (5, 0)
     loop.live(1)
     assert (loop.condition().state, loop.condition().reason) == ("ready", "")
+
+
+def test_a_request_that_kills_its_replica_between_two_heartbeats_is_held_against_it_all_the_same() -> None:
+    """Each is refused after two deaths, so it takes many of them; the model serves all others."""
+    loop = Loop()
+    waits: list[float] = []
+    died: tuple[str, ...] = ()
+    for _ in range(3 * SETTINGS.max_restarts):
+        loop.live(2)
+        died = (*died, f"r{loop.deaths}")
+        moved = ReplicaCounters(f"r{loop.deaths}", "m", 0, 1.0, 1, 1)
+        loop.supervisor.report(RouterReport("router", (model_counters(died_at_work=died),), (moved,)))
+        waits.append(loop.die())
+    assert (max(waits), waits[0]) == (5, 0)
+    loop.live(1, state="loading")
+    assert (loop.condition().state, loop.condition().reason) == ("loading", "")
 
 
 def test_other_slots_and_models_do_not_wait() -> None:

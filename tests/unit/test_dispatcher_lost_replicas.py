@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+import pytest
+
 from blaze.errors import EngineFailure, ReplicaLost, ReplicaStopping, ReplicaUnreachable
-from blaze.types import Event, Failed, Finished, Progress, Started
+from blaze.routing.accounting import ModelAccount
+from blaze.types import Event, Events, Failed, Finished, Progress, Started, TextDelta
 from tests.fakes import FakeCall, FakePool
 from tests.routing_bench import RoutingBench
 from tests.samples import text_request
@@ -48,6 +51,34 @@ async def test_what_came_before_the_first_content_is_forgotten_with_its_replica(
     assert isinstance(events[-1], Finished)
     assert sum(isinstance(event, Started) for event in events) == 1
     assert not any(isinstance(event, Progress) for event in events)
+
+
+@pytest.mark.parametrize(
+    ("script", "named"),
+    [
+        ([(Started((1,)),), ReplicaLost("died")], True),
+        ([(Started((1,)), TextDelta(0, "x", (1,))), ReplicaUnreachable("died")], True),
+        ([ReplicaLost("had died before")], False),
+        ([(Started((1,)),), (Failed(ReplicaStopping("bye").info),)], False),
+        ([(Started((1,)),), EngineFailure("broken")], False),
+    ],
+)
+async def test_reports_name_who_died_under_a_request_and_nobody_else(
+    script: list[Events | BaseException], named: bool
+) -> None:
+    bench = RoutingBench(FakePool(("a", "b"), next_scripts=[script]), strategy="round_robin")
+    await bench.ask(text_request())
+    counters, _ = bench.dispatcher.counters()
+    assert counters.died_at_work == tuple(bench.called[:1] if named else ())
+
+
+async def test_a_replica_that_died_under_many_requests_is_named_once_and_the_last_ones_only() -> None:
+    account = ModelAccount("m")
+    for number in range(100):
+        account.died_at_work(f"r{number}")
+        account.died_at_work(f"r{number}")
+    told = account.counters(strategy="round_robin", waiting=0).died_at_work
+    assert told == tuple(f"r{number}" for number in range(36, 100))
 
 
 async def test_the_only_replica_is_waited_for_and_asked_again_after_its_suspension() -> None:

@@ -18,7 +18,7 @@ from blaze.health.supervisor import SETTINGS_KEPT_S, Supervisor
 from blaze.health.view import ReplicaHealth
 from blaze.reports import TTFT_BUCKETS_S, ModelCounters, ReplicaCounters, ReplicaState, RouterReport
 from tests.fakes import FakeClock
-from tests.samples import heartbeat
+from tests.samples import heartbeat, model_counters
 
 SETTINGS = HealthSettings(probe_period_s=1.0, missed_probes=3, stall_after_s=30.0)
 
@@ -35,21 +35,6 @@ class Watch:
     def state(self) -> ReplicaState | None:
         replica = self.replica()
         return None if replica is None else replica.state
-
-
-def model_counters(**values: object) -> ModelCounters:
-    base: dict[str, object] = {
-        "model": "m",
-        "strategy": "round_robin",
-        "waiting": 1,
-        "outcomes": (("success", 2), ("failure", 1)),
-        "prompt_tokens": 10,
-        "completion_tokens": 20,
-        "images": 3,
-        "ttft_buckets": tuple(range(len(TTFT_BUCKETS_S))),
-        "ttft_sum_s": 0.5,
-    }
-    return ModelCounters(**{**base, **values})  # type: ignore[arg-type]
 
 
 def report(
