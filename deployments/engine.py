@@ -33,7 +33,6 @@ class EngineReplica:
         context = serve.get_replica_context()
         self._replica_id: str = context.replica_tag
         self._actor_name: str = context.replica_id.to_full_id_str()
-        self._rank = int(context.rank.rank)
         self._model = model.name
         self._node = _node_id()
         self._process = psutil.Process(os.getpid())
@@ -48,6 +47,11 @@ class EngineReplica:
             why = f"{type(error).__name__}: {error}"
             await self._tell(actor.not_loaded.remote(self._replica_id, self._model, self._rank, why))
             raise
+
+    @property
+    def _rank(self) -> int:
+        """As it is now: Serve closes gaps between ranks when replicas have gone."""
+        return int(serve.get_replica_context().rank.rank)
 
     async def __del__(self) -> None:
         """Serve awaits it when the replica stops in good order; also when the constructor has failed."""

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from blaze.backoff import Backoff
 from blaze.clock import Clock
 from blaze.health.settings import HealthSettings
-from blaze.health.slots import Replicas, Slot, slot_of
+from blaze.health.slots import Pardon, Replicas, Slot
 from blaze.reports import ReplicaState
-from blaze.types import ReplicaId
 
 _FIRST_S = 1.0
 _MOST_S = 60.0
@@ -24,7 +23,6 @@ class _Record:
     idle: Backoff
     at_work: Backoff
     why: str = ""
-    well: tuple[ReplicaId, float] | None = None  # who has been since when
 
 
 class CrashLoops:
@@ -39,12 +37,14 @@ class CrashLoops:
         self._settings = settings
         self._clock = clock
         self._records: dict[Slot, _Record] = {}
+        self._pardon = Pardon(settings.forgive_after_s, clock)
 
     def died(self, slot: Slot, why: str, *, at_work: bool) -> None:
         record = self._records.get(slot)
         if record is None:
             record = self._records[slot] = _Record(self._backoff(_MOST_S), self._backoff(_MOST_AT_WORK_S))
-        record.why, record.well = why, None
+        record.why = why
+        self._pardon.hold(slot)
         backoff = record.at_work if at_work else record.idle
         backoff.attempt()
         if backoff.attempts > 1:
@@ -65,21 +65,14 @@ class CrashLoops:
 
     def look(self, replicas: Replicas, now: float) -> None:
         """A slot whose replica has been well for long begins anew."""
-        for replica_id, vitals in replicas.items():
-            record = self._records.get(slot_of(vitals.heartbeat))
-            if record is None:
-                continue
-            if vitals.state(now) is not ReplicaState.READY:
-                record.well = None
-            elif record.well is None or record.well[0] != replica_id:
-                record.well = (replica_id, now)
-            elif now - record.well[1] >= self._settings.forgive_after_s:
-                del self._records[slot_of(vitals.heartbeat)]
+        for slot in self._pardon.due(replicas, lambda _, vitals: vitals.state(now) is ReplicaState.READY):
+            del self._records[slot]
 
     def forget(self, model: str, first_rank: int) -> None:
         """The model's slots from this rank on are no more, or begin anew."""
         for slot in [slot for slot in self._records if slot[0] == model and slot[1] >= first_rank]:
             del self._records[slot]
+            self._pardon.drop(slot)
 
     def _backoff(self, most_s: float) -> Backoff:
         bound = self._settings.max_restarts

@@ -12,8 +12,8 @@ from blaze.backoff import Backoff
 from blaze.clock import Clock
 from blaze.health.journal import Journal
 from blaze.health.settings import HealthSettings
-from blaze.health.slots import Replicas, Slot, slot_of
-from blaze.health.vitals import Ailment, AilmentKind
+from blaze.health.slots import Pardon, Replicas, Slot, slot_of
+from blaze.health.vitals import Ailment, AilmentKind, Vitals
 from blaze.reports import ReplicaState
 from blaze.types import ReplicaId
 
@@ -73,7 +73,7 @@ class Restarts:
         self._killed: dict[ReplicaId, _Killed] = {}
         self._running: dict[str, _Running] = {}  # by model
         self._backoffs: dict[Slot, Backoff] = {}
-        self._well_since: dict[Slot, tuple[ReplicaId, float]] = {}
+        self._pardon = Pardon(settings.forgive_after_s, clock)
 
     def decide(self, replicas: Replicas) -> tuple[Kill, ...]:
         """``replicas``: all that are known now. What is returned is taken to be done, unless
@@ -114,6 +114,7 @@ class Restarts:
         """The model's slots from this rank on are no more, or begin anew."""
         for slot in [slot for slot in self._backoffs if slot[0] == model and slot[1] >= first_rank]:
             del self._backoffs[slot]
+            self._pardon.drop(slot)
 
     # --- A decision, step by step --------------------------------------------------------------------
 
@@ -134,18 +135,12 @@ class Restarts:
 
     def _forgive(self, replicas: Replicas, now: float) -> None:
         """A slot whose replica has been well for long begins anew."""
-        for replica_id, vitals in replicas.items():
-            slot = slot_of(vitals.heartbeat)
-            if slot not in self._backoffs:
-                continue
-            if vitals.state(now) is not ReplicaState.READY or self.verdict(replica_id) is not None:
-                self._well_since.pop(slot, None)
-                continue
-            who, since = self._well_since.setdefault(slot, (replica_id, now))
-            if who != replica_id:
-                self._well_since[slot] = (replica_id, now)
-            elif now - since >= self._settings.forgive_after_s:
-                del self._backoffs[slot], self._well_since[slot]
+
+        def is_well(replica_id: ReplicaId, vitals: Vitals) -> bool:
+            return vitals.state(now) is ReplicaState.READY and self.verdict(replica_id) is None
+
+        for slot in self._pardon.due(replicas, is_well):
+            del self._backoffs[slot]
 
     def _settle(self, replicas: Replicas, now: float) -> None:
         """A restart is over when somebody new is ready, or when that takes too long."""
@@ -187,6 +182,7 @@ class Restarts:
                 most_s=settings.max_backoff_s,
                 max_attempts=settings.max_restarts,
             )
+        self._pardon.hold(condemned.slot)
         backoff.attempt()
         pause_s = backoff.pause()
         known = frozenset(id for id, vitals in replicas.items() if vitals.heartbeat.model == heartbeat.model)

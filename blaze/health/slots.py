@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
 from blaze.clock import Clock
@@ -17,6 +17,43 @@ Slot: TypeAlias = tuple[str, int]  # a place of a model, by rank
 
 def slot_of(heartbeat: Heartbeat) -> Slot:
     return heartbeat.model, heartbeat.rank
+
+
+class Pardon:
+    """What is held against a slot is forgiven when whoever is in it has been well for long since.
+
+    Two may be in one for a while: a rolling update starts the next replica before the last one goes, and
+    Serve closes gaps between ranks when it has become healthy. So health is each replica's own.
+    """
+
+    def __init__(self, after_s: float, clock: Clock) -> None:
+        self._after_s = after_s
+        self._clock = clock
+        self._held: dict[Slot, float] = {}  # something is; the last of it, when
+        self._well_since: dict[ReplicaId, float] = {}
+
+    def hold(self, slot: Slot) -> None:
+        """Something is held against it, from now on."""
+        self._held[slot] = self._clock.now()
+
+    def drop(self, slot: Slot) -> None:
+        self._held.pop(slot, None)
+
+    def due(self, replicas: Replicas, is_well: Callable[[ReplicaId, Vitals], bool]) -> list[Slot]:
+        """To be asked at every look at the replicas. Slots that are forgiven now."""
+        now = self._clock.now()
+        well = [replica_id for replica_id, vitals in replicas.items() if is_well(replica_id, vitals)]
+        self._well_since = {replica_id: self._well_since.get(replica_id, now) for replica_id in well}
+        calm: dict[Slot, float] = {}
+        for replica_id, vitals in replicas.items():
+            slot = slot_of(vitals.heartbeat)
+            if slot in self._held:
+                since = self._well_since.get(replica_id, now)
+                calm[slot] = max(since, calm.get(slot, self._held[slot]))
+        forgiven = [slot for slot, since in calm.items() if now - since >= self._after_s]
+        for slot in forgiven:
+            self.drop(slot)
+        return forgiven
 
 
 class Vacancies:

@@ -6,7 +6,7 @@ import pytest
 
 from blaze.health.conditions import DeploymentFacts
 from blaze.health.settings import HealthSettings
-from blaze.reports import ReplicaCounters, ReplicaState, RouterReport
+from blaze.reports import Heartbeat, ReplicaCounters, ReplicaState, RouterReport
 from tests.health_watch import HealthWatch
 from tests.samples import heartbeat, model_counters
 
@@ -220,3 +220,52 @@ def test_a_model_does_not_fail_while_another_slot_may_do_better() -> None:
             watch.supervisor.ended(f"{rank}{number}")
         states.append(watch.condition().state)
     assert states == ["loading", "failing"]
+
+
+# --- Two in one slot ---------------------------------------------------------------------------------
+
+
+def rounds(watch: HealthWatch, seconds: int, *beats: Heartbeat) -> None:
+    for _ in range(seconds):
+        watch.clock.advance(1.0)
+        for beat in beats:
+            watch.supervisor.heartbeat(beat)
+        watch.supervisor.decide()
+
+
+def test_two_that_share_a_slot_and_are_well_for_long_begin_anew() -> None:
+    """As in a rolling update, and until Serve has closed the gaps between ranks."""
+    watch = HealthWatch(SETTINGS)
+    for number in range(3 * SETTINGS.max_restarts):
+        beats = heartbeat(f"a{number}", actor="a"), heartbeat(f"b{number}", actor="b")
+        rounds(watch, int(SETTINGS.forgive_after_s) + 2, *beats)
+        watch.supervisor.ended(f"a{number}")
+        assert watch.supervisor.load_in_s("m", 0) == 0
+        watch.supervisor.goodbye(f"b{number}")
+
+
+def test_one_that_is_well_excuses_none_that_dies_beside_it() -> None:
+    watch = HealthWatch(SETTINGS)
+    well = heartbeat("a", actor="a")
+    rounds(watch, 1000, well)
+    for number in range(SETTINGS.max_restarts):
+        rounds(watch, 70, well, heartbeat(f"b{number}", actor="b"))
+        watch.supervisor.ended(f"b{number}")
+        rounds(watch, 5, well)
+    assert watch.supervisor.load_in_s("m", 0) > 0
+    assert watch.condition().reason == "replicas die or fail to load again and again"
+
+
+def test_health_in_one_place_counts_in_the_next() -> None:
+    """When ranks change, it is still the same replica."""
+    watch = HealthWatch(SETTINGS)
+    for number in range(2):
+        rounds(watch, 1, heartbeat(f"b{number}", actor="b"))
+        watch.supervisor.ended(f"b{number}")
+    assert watch.supervisor.load_in_s("m", 0) > 0
+    half = int(SETTINGS.forgive_after_s / 2) + 1
+    rounds(watch, half, heartbeat("a", rank=1, actor="a"))
+    rounds(watch, half, heartbeat("a", rank=0, actor="a"))
+    rounds(watch, 1, heartbeat("b2", actor="b"), heartbeat("a", rank=1, actor="a"))
+    watch.supervisor.ended("b2")
+    assert watch.supervisor.load_in_s("m", 0) == 0

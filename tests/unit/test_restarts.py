@@ -155,6 +155,16 @@ def test_a_slot_that_is_well_for_long_begins_anew() -> None:
     assert len(cluster.killed) == 3 * SETTINGS.max_restarts
 
 
+def test_two_that_share_a_slot_and_are_well_for_long_begin_anew() -> None:
+    cluster = watch("a", "b")
+    for _ in range(2 * SETTINGS.max_restarts):
+        for patient in cluster.patients.values():
+            patient.rank = 2
+        cluster.patients[next(iter(cluster.patients))].fault = "failed"
+        cluster.run(10 + SETTINGS.forgive_after_s)
+    assert len(cluster.killed) == 2 * SETTINGS.max_restarts
+
+
 @pytest.mark.parametrize("facts", [DeploymentFacts("UPDATING", "", 1), DeploymentFacts("HEALTHY", "", 0)])
 def test_a_slot_that_was_given_up_begins_anew_with_a_new_version_and_after_a_scale_down(
     facts: DeploymentFacts,
