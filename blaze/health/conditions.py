@@ -33,9 +33,11 @@ def condition_of(
     *,
     given_up: Sequence[str] = (),
     crash_loops: Sequence[str] = (),
+    slow_loads: Sequence[str] = (),
 ) -> ModelCondition:
     """``given_up``: why replicas of the model are not restarted any more; ``crash_loops``: of what they die
-    again and again, one for each place where they do. Where there are other places, there is hope."""
+    again and again, one for each place where they do. Where there are other places, there is hope.
+    ``slow_loads``: of replicas that should have been ready long ago."""
     count = Counter(states)
     failed = facts is not None and facts.status == "DEPLOY_FAILED"
     places = facts.replicas - facts.stopping if facts is not None else 0
@@ -51,6 +53,8 @@ def condition_of(
         reason, detail = "replicas die or fail to load again and again", crash_loops[0]
     elif given_up:
         reason, detail = "replicas failed again and again, and are not restarted any more", given_up[0]
+    elif slow_loads:
+        reason, detail = "a replica takes very long to load", slow_loads[0]
     if count[ReplicaState.READY]:
         return ModelCondition(model, "ready", reason, detail)
     if failed or len(crash_loops) >= max(1, places) or (given_up and not count[ReplicaState.STARTING]):

@@ -234,7 +234,7 @@ class Supervisor:
         silent_s = now - vitals.heard_at
         if verdict is not None:
             return ReplicaHealth(vitals.heartbeat, verdict.state, silent_s, verdict.reason)
-        state, reason = vitals.state(now), ""
+        state, reason = vitals.state(now), vitals.slow_load(now)
         wait_s = self._crash_loops.wait_s(slot_of(vitals.heartbeat))
         if vitals.is_silent(now):
             reason = f"no heartbeat for {silent_s:.1f} s"
@@ -249,12 +249,16 @@ class Supervisor:
         for model in sorted(self._facts.keys() | {health.heartbeat.model for health in found}):
             ours = [health for health in found if health.heartbeat.model == model]
             given_up = [h.reason for h in ours if h.state is ReplicaState.DEAD and h.reason]
+            slow = filter(
+                None, (v.slow_load(now) for v in self._vitals.values() if v.heartbeat.model == model)
+            )
             condition = condition_of(
                 model,
                 (h.state for h in ours),
                 self._facts.get(model),
                 given_up=given_up,
                 crash_loops=self._crash_loops.failing(model),
+                slow_loads=tuple(filter(None, slow)),
             )
             before, after = self._conditions.get(model, condition).state, condition.state
             if before != after and "failing" in (before, after):

@@ -46,6 +46,7 @@ class Vitals:
         self._settings = settings
         self.heartbeat = heartbeat
         self.heard_at = now
+        self._loading_since = now  # if it does
         self._good_again: int | None = None  # heartbeats in a row since it was silent
         # Of the time in which it had work: since its last step, and since it last computed, too. That the
         # work has gone is no sign of health: it was moved elsewhere because of this, or its clients gave up.
@@ -68,6 +69,8 @@ class Vitals:
             self._without_progress_s += elapsed_s
             if _has_computed(before, engine, elapsed_s):
                 self._without_progress_s = 0.0
+        if before.state != "loading":
+            self._loading_since = now
         self.heartbeat, self.heard_at = heartbeat, now
 
     def excuse(self, seconds: float, now: float) -> None:
@@ -85,6 +88,14 @@ class Vitals:
         if self.heartbeat.engine.state == "failed":
             return ReplicaState.DEAD
         return ReplicaState.READY
+
+    def slow_load(self, now: float) -> str:
+        """Why it is still not ready, when that takes very long. Nobody can tell from outside whether a large
+        model comes over a slow line or a load hangs: so it is told, and no replica is ended for it."""
+        since_s = now - self._loading_since
+        if self.state(now) is ReplicaState.STARTING and since_s > PATIENCE * self._settings.stall_after_s:
+            return f"it has been loading for {since_s:.0f} s"
+        return ""
 
     def ailment(self, now: float) -> Ailment | None:
         engine, silent_s = self.heartbeat.engine, now - self.heard_at

@@ -9,8 +9,9 @@ import pytest
 from blaze.health.conditions import DeploymentFacts
 from blaze.health.journal import EVENTS
 from blaze.health.settings import HealthSettings
-from blaze.reports import ReplicaState
-from tests.health_watch import HealthWatch
+from blaze.health.vitals import PATIENCE
+from blaze.reports import ModelCondition, ReplicaState
+from tests.health_watch import HealthWatch, Patient
 from tests.samples import heartbeat
 
 SETTINGS = HealthSettings(
@@ -306,6 +307,23 @@ def test_every_decision_is_an_event_with_a_reason() -> None:
     ]
     ages = [event.age_s for event in cluster.supervisor.view().events]
     assert ages == sorted(ages, reverse=True)
+
+
+def test_a_load_that_takes_very_long_is_told_and_nobody_is_ended_for_it() -> None:
+    cluster = watch()
+    cluster.patients["a"] = Patient("a", fault="loading")
+    cluster.run(PATIENCE * SETTINGS.stall_after_s)
+    assert cluster.condition() == ModelCondition("m", "loading")
+    cluster.run(2)
+    told, replica = "it has been loading for 101 s", cluster.replica("a")
+    assert cluster.condition() == ModelCondition("m", "loading", "a replica takes very long to load", told)
+    assert (replica and replica.state, replica and replica.reason) == (ReplicaState.STARTING, told)
+    cluster.patients["a"].fault = ""
+    cluster.run(1)
+    assert cluster.condition() == ModelCondition("m", "ready")
+    cluster.patients["a"].fault = "loading"  # its model was unloaded, and comes again
+    cluster.run(2)
+    assert (cluster.condition(), cluster.killed) == (ModelCondition("m", "loading"), [])
 
 
 def test_the_log_is_bounded() -> None:
