@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import ray
 from ray import serve
+from ray.serve.schema import DeploymentStatusOverview
 
 from blaze.clock import SystemClock
 from blaze.config import HealthConfig
@@ -94,14 +95,20 @@ class HealthActor:
         for model, name in self._deployments.items():
             found = application.deployments.get(name)
             if found is not None:
-                states = found.replica_states
-                facts[model] = DeploymentFacts(
-                    str(found.status.value),
-                    found.message,
-                    replicas=sum(states.values()),
-                    stopping=states.get("STOPPING", 0),
-                )
+                facts[model] = facts_of(found)
         self._supervisor.learn(facts)
+
+
+def facts_of(found: DeploymentStatusOverview) -> DeploymentFacts:
+    """Serve gives up starting replicas after some in a row; where it was to scale up, as from zero, it calls
+    that ``UNHEALTHY``."""
+    failed = found.status_trigger == "REPLICA_STARTUP_FAILED"
+    return DeploymentFacts(
+        "DEPLOY_FAILED" if failed else str(found.status.value),
+        found.message,
+        replicas=sum(found.replica_states.values()),
+        stopping=found.replica_states.get("STOPPING", 0),
+    )
 
 
 def settings_of(config: HealthConfig) -> HealthSettings:

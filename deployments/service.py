@@ -62,16 +62,17 @@ class ClusterService:
         created = int(time.time())
         self._cards = tuple(ModelCard(m.name, m.engine, created) for m in config.models)
         self._rngs = {m.name: self._rng(m.name) for m in config.models}
-        self._dispatchers = {m.name: self._dispatcher(m, engines[m.name]) for m in config.models}
+        self._pools = {m.name: RayReplicaPool(engines[m.name], weight=m.weight) for m in config.models}
+        self._dispatchers = {m.name: self._dispatcher(m) for m in config.models}
         self._control = Control()
         self._conditions: dict[str, ModelCondition] = {}
         self._reporting = asyncio.create_task(self._report_forever())
 
-    def _dispatcher(self, model: ModelConfig, handle: DeploymentHandle) -> Dispatcher:
+    def _dispatcher(self, model: ModelConfig) -> Dispatcher:
         router = self._config.router
         return Dispatcher(
             model.name,
-            RayReplicaPool(handle, weight=model.weight),
+            self._pools[model.name],
             self._strategy(model.name, router.strategy),
             clock=SystemClock(),
             rng=self._rngs[model.name],
@@ -131,6 +132,7 @@ class ClusterService:
         if dispatcher is None:
             raise ModelNotFound(request.model)
         if self._is_failing(request.model) and not dispatcher.available_replicas:
+            self._pools[request.model].wake()  # or one that was scaled to zero would never be tried again
             raise self._unavailable(request.model)
         return await dispatcher.open(request)
 

@@ -72,8 +72,10 @@ class FakeEngines:
     def options(self, **_options: object) -> FakeEngines:
         return self
 
-    def remote(self, _request: Request, *, blaze_pin: ReplicaId) -> FakeCall:
+    def remote(self, *_request: Request, blaze_pin: ReplicaId) -> FakeCall | asyncio.Future[None]:
         self._called.append(blaze_pin)
+        if blaze_pin == pinned_state.ANY:  # there is none, or nobody would ask for any
+            return asyncio.get_running_loop().create_future()
         return FakeCall(answer())
 
 
@@ -430,6 +432,17 @@ async def test_requests_for_a_model_that_cannot_be_started_are_refused_at_once_a
     readiness = bench.service.readiness()
     assert (readiness.missing, readiness.reasons) == (("n",), (("n", FAILING.reason),))
     assert await bench.ask(3)  # the other model serves
+
+
+async def test_a_refused_request_wakes_its_model_all_the_same_and_for_all_of_them_once(bench: Bench) -> None:
+    """It may have been scaled to zero, and what kept it from loading may have gone."""
+    lose_all("n")
+    await bench.hears(News(NO_CHANGES, (), (), conditions=(FAILING,)))
+    for _ in range(3):
+        with pytest.raises(ModelUnavailable):
+            await bench.service.open(replace(text_request(), model="n"))
+    await until(lambda: pinned_state.ANY in bench.called)
+    assert bench.called == [pinned_state.ANY]
 
 
 async def test_those_that_wait_for_it_are_not_left_waiting(bench: Bench) -> None:
