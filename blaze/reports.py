@@ -176,6 +176,12 @@ class RouterReport:
     replicas: tuple[ReplicaCounters, ...]
     control: Control = NO_CHANGES  # what it follows
 
+    def had_requests_on(self, replica_id: ReplicaId) -> bool:
+        """When it died: one that kills its replica at once is in no heartbeat of it."""
+        return any(replica_id in model.died_at_work for model in self.models) or any(
+            replica.in_flight > 0 for replica in self.replicas if replica.replica_id == replica_id
+        )
+
     def without_load(self) -> RouterReport:
         """What it has counted, when nothing waits or runs for it any more, and it sends nothing anywhere."""
         return replace(

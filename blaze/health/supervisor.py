@@ -14,14 +14,7 @@ from blaze.health.settings import HealthSettings
 from blaze.health.slots import Vacancies, slot_of
 from blaze.health.view import ClusterView, ReplicaHealth
 from blaze.health.vitals import AilmentKind, Vitals
-from blaze.reports import (
-    Heartbeat,
-    ModelCondition,
-    News,
-    PeerLoad,
-    ReplicaState,
-    RouterReport,
-)
+from blaze.reports import Heartbeat, ModelCondition, News, PeerLoad, ReplicaState, RouterReport
 from blaze.types import ReplicaId
 
 SETTINGS_KEPT_S = 600.0  # of a replica that nobody sees: it may only be cut off, and come back
@@ -181,7 +174,8 @@ class Supervisor:
             beat, before = vitals.heartbeat, self._health(vitals, self._clock.now()).state
             self._journal.note(beat.model, replica_id, before, "gone", "its process has ended")
             if before is not ReplicaState.RESTARTING:
-                at_work = beat.engine.work_pending > 0 or self._had_requests(replica_id)
+                reports = (report for _, report in self._reports.values())
+                at_work = beat.engine.work_pending > 0 or any(r.had_requests_on(replica_id) for r in reports)
                 self._crash_loops.died(slot_of(beat), "the process has ended by itself", at_work=at_work)
             self._ended[replica_id] = self._clock.now()
             self._forget(replica_id)
@@ -249,9 +243,7 @@ class Supervisor:
         for model in sorted(self._facts.keys() | {health.heartbeat.model for health in found}):
             ours = [health for health in found if health.heartbeat.model == model]
             given_up = [h.reason for h in ours if h.state is ReplicaState.DEAD and h.reason]
-            slow = filter(
-                None, (v.slow_load(now) for v in self._vitals.values() if v.heartbeat.model == model)
-            )
+            slow = (v.slow_load(now) for v in self._vitals.values() if v.heartbeat.model == model)
             condition = condition_of(
                 model,
                 (h.state for h in ours),
@@ -282,13 +274,6 @@ class Supervisor:
         for router_id in [key for key, (at, _) in self._reports.items() if now - at > limit]:
             del self._reports[router_id]
         self._forget_settings(now)
-
-    def _had_requests(self, replica_id: ReplicaId) -> bool:
-        """As Routers saw it: one that kills its replica at once is in no heartbeat of it."""
-        reports = [report for _, report in self._reports.values()]
-        return any(replica_id in model.died_at_work for report in reports for model in report.models) or any(
-            r.in_flight > 0 for report in reports for r in report.replicas if r.replica_id == replica_id
-        )
 
     def _routed_to(self) -> set[ReplicaId]:
         return {replica.replica_id for _, report in self._reports.values() for replica in report.replicas}
