@@ -89,6 +89,8 @@ class ReplicaCounters:
     breaker: str = "closed"
     draining: bool = False
     node: str = ""
+    actor: str = ""  # the name by which it can be ended; "": it cannot
+    suspect: bool = False  # as the health actor has said
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from blaze.clock import Clock
 from blaze.control import Change, Control
 from blaze.health.conditions import DeploymentFacts, condition_of
+from blaze.health.controls import ControlKeeper
 from blaze.health.crash_loops import CrashLoops
 from blaze.health.journal import Journal
 from blaze.health.restarts import Kill, Restarts, slot_of
 from blaze.health.settings import HealthSettings
+from blaze.health.unheard import Unheard
 from blaze.health.view import ClusterView, ReplicaHealth
 from blaze.health.vitals import AilmentKind, Vitals
 from blaze.reports import (
@@ -23,7 +25,6 @@ from blaze.reports import (
 )
 from blaze.types import ReplicaId
 
-SETTINGS_KEPT_S = 600.0  # of a replica that nobody sees: it may only be cut off, and come back
 _LATE_S = 5.0  # a heartbeat may come so long after its replica has ended
 _UNWELL = (ReplicaState.SUSPECT, ReplicaState.RESTARTING, ReplicaState.DEAD)  # nobody is sent there
 
@@ -39,12 +40,12 @@ class Supervisor:
         self._restarts = Restarts(settings, clock, self._journal)
         self._crash_loops = CrashLoops(settings, clock)
         self._vitals: dict[ReplicaId, Vitals] = {}
+        self._unheard = Unheard()  # of them, those that Routers alone speak of
         self._shown: dict[ReplicaId, ReplicaState] = {}
         self._ended: dict[ReplicaId, float] = {}  # and when that was found
         self._out_of_reach: set[ReplicaId] = set()  # they could not be ended
         self._reports: dict[str, tuple[float, RouterReport]] = {}
-        self._control = Control()
-        self._unseen_since: dict[ReplicaId, float] = {}  # replicas that operators have settings for
+        self._control = ControlKeeper()
         self._facts: Mapping[str, DeploymentFacts] = {}  # by model
         self._conditions: dict[str, ModelCondition] = {}
         self._heard_at = self._decided_at = clock.now()
@@ -58,6 +59,7 @@ class Supervisor:
             if now - self._ended[replica_id] < _LATE_S:
                 return  # its last one was still on the way
             del self._ended[replica_id]  # whoever said so was wrong
+        self._unheard.discard(replica_id)
         if replica_id in self._vitals:
             self._vitals[replica_id].hear(heartbeat, now)
         else:
@@ -67,11 +69,11 @@ class Supervisor:
         """Take a Router's account, and tell it what it should know."""
         now = self._heard_at = self._clock.now()
         self._reports[report.router_id] = (now, report)
-        if report.control.version > self._control.version:  # from before this actor came back
-            self._control = report.control
+        self._control.learn(report.control)
         self._forget_the_gone(now)
+        self._notice_unheard(now)
         return News(
-            self._control,
+            self._control.latest,
             self._loads_beside(report.router_id),
             self._suspects(now),
             tuple(
@@ -83,11 +85,21 @@ class Supervisor:
             self._condemned(now),
         )
 
+    def _notice_unheard(self, now: float) -> None:
+        limit = now - self._settings.suspect_after_s
+        reports = [report for at, report in self._reports.values() if at >= limit]
+        found = self._unheard.find(reports, self._vitals.keys() | self._ended.keys())
+        for replica_id in [id for id in self._vitals if id in self._unheard and id not in found]:
+            self._forget(replica_id)
+        for replica_id, counters in found.items():
+            if replica_id not in self._vitals:
+                self._vitals[replica_id] = Vitals(self._unheard.stand_in(counters), now, self._settings)
+            if counters.suspect:
+                self._vitals[replica_id].doubt()
+
     def change(self, change: Change, known: Control) -> Control:
-        """An operator's; every Router hears of it with its next report. ``known``: to the Router that brings
-        it, which may have seen more than an actor that has just come back."""
-        self._control = max(known, self._control, key=lambda control: control.version).after(change)
-        return self._control
+        """An operator's; every Router hears of it with its next report. ``known``: to who brings it."""
+        return self._control.change(change, known)
 
     def _loads_beside(self, router_id: str) -> tuple[tuple[ReplicaId, PeerLoad], ...]:
         loads: dict[ReplicaId, PeerLoad] = {}
@@ -175,7 +187,7 @@ class Supervisor:
         if vitals is not None:
             beat, before = vitals.heartbeat, self._health(vitals, self._clock.now()).state
             self._journal.note(beat.model, replica_id, before, "gone", "its process has ended")
-            if before is not ReplicaState.RESTARTING:
+            if before is not ReplicaState.RESTARTING and replica_id not in self._unheard:
                 at_work = beat.engine.work_pending > 0 or self._in_flight_on(replica_id) > 0
                 self._crash_loops.died(slot_of(beat), "the process has ended by itself", at_work=at_work)
             self._ended[replica_id] = self._clock.now()
@@ -201,6 +213,7 @@ class Supervisor:
 
     def _forget(self, replica_id: ReplicaId) -> None:
         self._vitals.pop(replica_id, None)
+        self._unheard.discard(replica_id)
         self._shown.pop(replica_id, None)
         self._out_of_reach.discard(replica_id)
         self._restarts.gone(replica_id)
@@ -210,7 +223,8 @@ class Supervisor:
     def view(self) -> ClusterView:
         now = self._clock.now()
         self._forget_the_gone(now)
-        replicas = [self._health(vitals, now) for vitals in self._vitals.values()]
+        heard = [vitals for id, vitals in self._vitals.items() if id not in self._unheard]
+        replicas = [self._health(vitals, now) for vitals in heard]
         replicas.sort(key=lambda replica: (replica.heartbeat.model, replica.heartbeat.rank))
         reports = sorted(self._reports.values(), key=lambda r: r[1].router_id)
         limit = now - self._settings.suspect_after_s
@@ -272,7 +286,7 @@ class Supervisor:
                 del self._ended[replica_id]
         for router_id in [key for key, (at, _) in self._reports.items() if now - at > limit]:
             del self._reports[router_id]
-        self._forget_settings(now)
+        self._control.forget_unseen(self._vitals.keys() | self._routed_to(), now)
 
     def _in_flight_on(self, replica_id: ReplicaId) -> int:
         reports = (report for _, report in self._reports.values())
@@ -280,15 +294,3 @@ class Supervisor:
 
     def _routed_to(self) -> set[ReplicaId]:
         return {replica.replica_id for _, report in self._reports.values() for replica in report.replicas}
-
-    def _forget_settings(self, now: float) -> None:
-        """Of replicas that have neither sent a heartbeat nor been in a Router's live set for long. The time
-        begins when that is first noticed: this actor may have been away, too."""
-        seen = self._vitals.keys() | self._routed_to()
-        self._unseen_since = {
-            replica_id: self._unseen_since.get(replica_id, now)
-            for replica_id in self._control.replica_ids - seen
-        }
-        gone = [id for id, since in self._unseen_since.items() if now - since > SETTINGS_KEPT_S]
-        if gone:
-            self._control = self._control.without(gone)

@@ -74,6 +74,10 @@ class Vitals:
         """Whoever listens was itself away for so long: it could not have heard anything."""
         self.heard_at = min(now, self.heard_at + seconds)
 
+    def doubt(self) -> None:
+        """It was silent, as others say: it is well again when it is heard again."""
+        self._good_again = 0
+
     def is_silent(self, now: float) -> bool:
         return now - self.heard_at > self._settings.suspect_after_s
 

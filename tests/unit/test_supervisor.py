@@ -13,8 +13,9 @@ from blaze.control import (
     SetStrategy,
     SetWeight,
 )
+from blaze.health.controls import SETTINGS_KEPT_S
 from blaze.health.settings import HealthSettings
-from blaze.health.supervisor import SETTINGS_KEPT_S, Supervisor
+from blaze.health.supervisor import Supervisor
 from blaze.health.view import ReplicaHealth
 from blaze.reports import TTFT_BUCKETS_S, ModelCounters, ReplicaCounters, ReplicaState, RouterReport
 from tests.fakes import FakeClock
