@@ -20,3 +20,8 @@ class HealthSettings:
     @property
     def suspect_after_s(self) -> float:
         return self.missed_probes * self.probe_period_s
+
+    @property
+    def absent_after_s(self) -> float:
+        """So long without a sign of its own life, and the health actor was itself away."""
+        return self.suspect_after_s / 2

@@ -48,11 +48,21 @@ class Supervisor:
         self._control = ControlKeeper()
         self._facts: Mapping[str, DeploymentFacts] = {}  # by model
         self._conditions: dict[str, ModelCondition] = {}
-        self._heard_at = self._decided_at = clock.now()
+        self._heard_at = self._awake_at = clock.now()
 
     # --- What comes in -------------------------------------------------------------------------------
 
+    def awake(self) -> None:
+        """Called often. Where that did not happen for long, this actor has itself stood still, and then
+        everybody seems to have been silent."""
+        now = self._clock.now()
+        since, self._awake_at = now - self._awake_at, now
+        if since > self._settings.absent_after_s:
+            for vitals in self._vitals.values():
+                vitals.excuse(since, now)
+
     def heartbeat(self, heartbeat: Heartbeat) -> None:
+        self.awake()
         replica_id, now = heartbeat.replica_id, self._clock.now()
         self._heard_at = now
         if replica_id in self._ended:
@@ -67,6 +77,7 @@ class Supervisor:
 
     def report(self, report: RouterReport) -> News:
         """Take a Router's account, and tell it what it should know."""
+        self.awake()
         now = self._heard_at = self._clock.now()
         self._reports[report.router_id] = (now, report)
         self._control.learn(report.control)
@@ -154,8 +165,8 @@ class Supervisor:
 
     def decide(self) -> tuple[Kill, ...]:
         """Called once a period: the replicas that are to be ended now."""
+        self.awake()
         now = self._clock.now()
-        self._excuse_own_absence(now)
         # When nothing at all is heard, neither of replicas nor of Routers, it is this actor that is cut off.
         cut_off = now - self._heard_at > self._settings.suspect_after_s
         kills = () if cut_off else self._restarts.decide(self._vitals)
@@ -203,13 +214,6 @@ class Supervisor:
             reason = f"could not be ended: {why}"
             self._journal.note(vitals.heartbeat.model, replica_id, ReplicaState.RESTARTING, state, reason)
             self._shown[replica_id] = state
-
-    def _excuse_own_absence(self, now: float) -> None:
-        """This actor may itself have stood still, and then everybody seems to have been silent."""
-        since, self._decided_at = now - self._decided_at, now
-        if since > self._settings.suspect_after_s:
-            for vitals in self._vitals.values():
-                vitals.excuse(since, now)
 
     def _forget(self, replica_id: ReplicaId) -> None:
         self._vitals.pop(replica_id, None)

@@ -242,6 +242,42 @@ def test_an_actor_that_stood_still_itself_ends_nobody() -> None:
     assert cluster.killed == []
 
 
+def test_after_it_stood_still_nobody_is_suspect_and_silence_is_counted_anew() -> None:
+    cluster = watch("a", "b")
+    cluster.clock.advance(1000.0)
+    assert cluster.report() == ()  # though a report comes before anything else
+    cluster.patients["a"].fault = "frozen"
+    cluster.run(2)
+    assert cluster.report() == ()
+    cluster.run(2)
+    assert cluster.report() == ("a",)
+
+
+def test_decisions_that_come_late_are_no_absence() -> None:
+    cluster = watch("a", "b")
+    cluster.patients["a"].fault = "frozen"
+    for second in range(12):
+        cluster.clock.advance(1.0)
+        cluster.supervisor.heartbeat(heartbeat("b", rank=1, actor="actor-b"))
+        if second % 4 == 3:
+            cluster.kills.extend((cluster.now, kill) for kill in cluster.supervisor.decide())
+    assert cluster.killed == ["a"]
+
+
+def test_probes_that_are_far_apart_are_no_absence() -> None:
+    """Whether this actor stands still has nothing to do with how often it hears of others."""
+    cluster = HealthWatch(HealthSettings(probe_period_s=5.0, missed_probes=1, stall_after_s=30.0))
+    cluster.add("a", "b")
+    cluster.run(10)
+    cluster.patients["a"].fault = "frozen"
+    for _ in range(8):
+        for _ in range(4):
+            cluster.clock.advance(1.25)
+            cluster.supervisor.awake()
+        cluster.run(5.0)
+    assert cluster.killed == ["a"]
+
+
 def test_an_actor_that_hears_nothing_at_all_is_cut_off_and_ends_nobody() -> None:
     cluster = watch("a", "b")
     for patient in cluster.patients.values():
