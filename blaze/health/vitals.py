@@ -31,12 +31,13 @@ class Vitals:
     """One replica's signs of life, and of progress.
 
     Engines count steps, but a step may be long: a large prefill, a denoiser's step of 30 s, the decoding of a
-    large picture. So the processor time of the compute thread counts as progress, too. It is that thread's
-    alone and not the process's: an event loop and Ray's own threads use a few percent in a process whose
-    compute thread waits for a lock for ever, while a thread that leads OpenMP workers computes as much as
-    they do. Because a thread can also compute for ever, it has to make a step after all within
-    ``patience_s``. Steps are not asked of a model that loads, for it serves nobody yet; and a load may hold
-    the interpreter, so it may be silent for as long.
+    large picture. So the processor time of the compute thread counts as progress, too, and that of the
+    threads that encode images for it, for it may have nothing to do meanwhile. It is theirs alone and not the
+    process's: an event loop and Ray's own threads use a few percent in a process whose compute thread waits
+    for a lock for ever, while a thread that leads OpenMP workers computes as much as they do. Because a
+    thread can also compute for ever, it has to make a step after all within ``patience_s``. Steps are not
+    asked of a model that loads, for it serves nobody yet; and a load may hold the interpreter, so it may be
+    silent for as long.
 
     All of it is judged by heartbeats alone: what a replica did after the last one is not known.
     """
