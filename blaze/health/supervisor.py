@@ -11,6 +11,7 @@ from blaze.health.controls import ControlKeeper
 from blaze.health.crash_loops import CrashLoops
 from blaze.health.journal import Journal
 from blaze.health.restarts import Kill, Restarts, slot_of
+from blaze.health.router_reports import RouterReports
 from blaze.health.settings import HealthSettings
 from blaze.health.unheard import Unheard
 from blaze.health.view import ClusterView, ReplicaHealth
@@ -19,7 +20,6 @@ from blaze.reports import (
     Heartbeat,
     ModelCondition,
     News,
-    PeerLoad,
     ReplicaState,
     RouterReport,
 )
@@ -44,7 +44,7 @@ class Supervisor:
         self._shown: dict[ReplicaId, ReplicaState] = {}
         self._ended: dict[ReplicaId, float] = {}  # and when that was found
         self._out_of_reach: set[ReplicaId] = set()  # they could not be ended
-        self._reports: dict[str, tuple[float, RouterReport]] = {}
+        self._reports = RouterReports(settings)
         self._control = ControlKeeper()
         self._facts: Mapping[str, DeploymentFacts] = {}  # by model
         self._conditions: dict[str, ModelCondition] = {}
@@ -79,13 +79,13 @@ class Supervisor:
         """Take a Router's account, and tell it what it should know."""
         self.awake()
         now = self._heard_at = self._clock.now()
-        self._reports[report.router_id] = (now, report)
+        self._reports.take(report, now)
         self._control.learn(report.control)
         self._forget_the_gone(now)
         self._notice_unheard(now)
         return News(
             self._control.latest,
-            self._loads_beside(report.router_id),
+            self._reports.loads_beside(report.router_id, now),
             self._suspects(now),
             tuple(
                 (id, vitals.heartbeat.engine.prefixes)
@@ -97,9 +97,7 @@ class Supervisor:
         )
 
     def _notice_unheard(self, now: float) -> None:
-        limit = now - self._settings.suspect_after_s
-        reports = [report for at, report in self._reports.values() if at >= limit]
-        found = self._unheard.find(reports, self._vitals.keys() | self._ended.keys())
+        found = self._unheard.find(self._reports.fresh(now), self._vitals.keys() | self._ended.keys())
         for replica_id in [id for id in self._vitals if id in self._unheard and id not in found]:
             self._forget(replica_id)
         for replica_id, counters in found.items():
@@ -111,18 +109,6 @@ class Supervisor:
     def change(self, change: Change, known: Control) -> Control:
         """An operator's; every Router hears of it with its next report. ``known``: to who brings it."""
         return self._control.change(change, known)
-
-    def _loads_beside(self, router_id: str) -> tuple[tuple[ReplicaId, PeerLoad], ...]:
-        loads: dict[ReplicaId, PeerLoad] = {}
-        limit = self._clock.now() - self._settings.suspect_after_s
-        for other, (at, report) in self._reports.items():
-            if other != router_id and at >= limit:
-                for replica in report.replicas:
-                    known = loads.get(replica.replica_id, PeerLoad())
-                    loads[replica.replica_id] = PeerLoad(
-                        known.in_flight + replica.in_flight, known.cost + replica.cost
-                    )
-        return tuple(loads.items())
 
     def _suspects(self, now: float) -> tuple[ReplicaId, ...]:
         """Also those that have ended, for as long as Routers may pick them."""
@@ -199,7 +185,7 @@ class Supervisor:
             beat, before = vitals.heartbeat, self._health(vitals, self._clock.now()).state
             self._journal.note(beat.model, replica_id, before, "gone", "its process has ended")
             if before is not ReplicaState.RESTARTING and replica_id not in self._unheard:
-                at_work = beat.engine.work_pending > 0 or self._in_flight_on(replica_id) > 0
+                at_work = beat.engine.work_pending > 0 or self._reports.in_flight_on(replica_id) > 0
                 self._crash_loops.died(slot_of(beat), "the process has ended by itself", at_work=at_work)
             self._ended[replica_id] = self._clock.now()
             self._forget(replica_id)
@@ -230,13 +216,10 @@ class Supervisor:
         heard = [vitals for id, vitals in self._vitals.items() if id not in self._unheard]
         replicas = [self._health(vitals, now) for vitals in heard]
         replicas.sort(key=lambda replica: (replica.heartbeat.model, replica.heartbeat.rank))
-        reports = sorted(self._reports.values(), key=lambda r: r[1].router_id)
-        limit = now - self._settings.suspect_after_s
         return ClusterView(
             replicas=tuple(replicas),
-            reports=tuple(report for at, report in reports if at >= limit),
-            # The work of a Router that has died ends with it; its counters are kept for a while.
-            silent=tuple(report.without_load() for at, report in reports if at < limit),
+            reports=self._reports.fresh(now),
+            silent=self._reports.silent(now),
             events=self._journal.events(),
             restarts=self._journal.restarts(),
             conditions=self._conditions_now(now),
@@ -279,7 +262,7 @@ class Supervisor:
     # --- What is forgotten ---------------------------------------------------------------------------
 
     def _forget_the_gone(self, now: float) -> None:
-        limit, routed_to = self._settings.stall_after_s, self._routed_to()
+        limit, routed_to = self._settings.stall_after_s, self._reports.routed_to()
         # Who can be ended is, before that. Who is silent is suspect for as long as Routers may pick it.
         silent = [id for id, vitals in self._vitals.items() if now - vitals.heard_at > 2 * limit]
         for replica_id in silent:
@@ -288,13 +271,5 @@ class Supervisor:
         for replica_id in [id for id, at in self._ended.items() if now - at > limit]:
             if replica_id not in routed_to:
                 del self._ended[replica_id]
-        for router_id in [key for key, (at, _) in self._reports.items() if now - at > limit]:
-            del self._reports[router_id]
-        self._control.forget_unseen(self._vitals.keys() | self._routed_to(), now)
-
-    def _in_flight_on(self, replica_id: ReplicaId) -> int:
-        reports = (report for _, report in self._reports.values())
-        return sum(r.in_flight for report in reports for r in report.replicas if r.replica_id == replica_id)
-
-    def _routed_to(self) -> set[ReplicaId]:
-        return {replica.replica_id for _, report in self._reports.values() for replica in report.replicas}
+        self._reports.forget_silent(now)
+        self._control.forget_unseen(self._vitals.keys() | self._reports.routed_to(), now)
