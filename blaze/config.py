@@ -100,8 +100,19 @@ class RouterConfig(Settings):
 
 class HealthConfig(Settings):
     probe_period_s: PositiveFloat = 1.0
-    missed_probes: PositiveInt = 3  # missed in a row: suspect
+    # Missed in a row: suspect. At least two, for a heartbeat is always a little later than one period.
+    missed_probes: Annotated[int, Field(ge=2)] = 3
     stall_after_s: PositiveFloat = 30.0
+
+    @model_validator(mode="after")
+    def _suspect_before_unhealthy(self) -> HealthConfig:
+        least_s = (self.missed_probes + 1) * self.probe_period_s
+        if self.stall_after_s <= least_s:
+            raise ValueError(
+                f"stall_after_s {self.stall_after_s:g} must be above {least_s:g}, which is "
+                "(missed_probes + 1) * probe_period_s: or replicas that are well would be restarted"
+            )
+        return self
 
 
 class AutoscalingConfig(Settings):

@@ -53,7 +53,7 @@ class EngineStatus:
     kv_cache: KVCacheStatus | None = None  # of LLM engines
     diffusion: DiffusionStatus | None = None  # of diffusion engines
     prefixes: bytes = b""  # packed links of the prompts that it holds, see prompt_chain.py
-    compute_cpu_s: float | None = None  # processor time of the compute thread; None: not measured
+    compute_cpu_s: float | None = None  # processor time of the threads that work; None: not measured
 
     @property
     def work_pending(self) -> int:
@@ -89,6 +89,8 @@ class ReplicaCounters:
     breaker: str = "closed"
     draining: bool = False
     node: str = ""
+    actor: str = ""  # the name by which it can be ended; "": it cannot
+    suspect: bool = False  # as the health actor has said
 
 
 @dataclass(frozen=True)

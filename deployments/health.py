@@ -4,8 +4,7 @@ replicas that are unhealthy."""
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 
 import ray
 from ray import serve
@@ -15,14 +14,12 @@ from blaze.clock import SystemClock
 from blaze.config import HealthConfig
 from blaze.control import Change, Control
 from blaze.health.conditions import DeploymentFacts
-from blaze.health.restarts import Kill
 from blaze.health.settings import HealthSettings
 from blaze.health.supervisor import Supervisor
 from blaze.health.view import ClusterView
 from blaze.reports import Heartbeat, News, RouterReport
 from blaze.types import ReplicaId
-
-logger = logging.getLogger("ray.serve")
+from deployments.rounds import Rounds, forever
 
 _FACTS_EVERY_S = 2.0
 _NAMESPACE = "serve"  # in which Serve names its actors
@@ -35,16 +32,15 @@ class HealthActor:
         self, config: HealthConfig, deployments: Mapping[str, str]
     ) -> None:
         """``deployments``: of the engines, by model."""
-        self._supervisor = Supervisor(settings_of(config), SystemClock())
+        settings = settings_of(config)
+        self._supervisor = Supervisor(settings, SystemClock())
         self._deployments = deployments
         self._app = serve.get_replica_context().app_name
         # Before that, Routers may know of changes that this actor, back from its death, has not heard of: the
         # number of a new one could be taken.
         self._knows_all_at = asyncio.get_running_loop().time() + 2 * min(1.0, config.probe_period_s)
-        self._loops = (
-            asyncio.create_task(_forever(self._act, min(1.0, config.probe_period_s))),
-            asyncio.create_task(_forever(self._look_at_deployments, _FACTS_EVERY_S)),
-        )
+        self._rounds = Rounds(self._supervisor, settings, has_ended=_has_ended, end=_end)
+        self._looking = asyncio.create_task(forever(self._look_at_deployments, _FACTS_EVERY_S))
 
     async def heartbeat(self, heartbeat: Heartbeat) -> None:
         self._supervisor.heartbeat(heartbeat)
@@ -69,22 +65,6 @@ class HealthActor:
         """The cluster, with the asking Router's own numbers as they are now."""
         self._supervisor.report(report)
         return self._supervisor.view()
-
-    # --- What it does about it -----------------------------------------------------------------------
-
-    async def _act(self) -> None:
-        for beat in self._supervisor.to_ask_after():
-            if await asyncio.to_thread(_has_ended, beat.actor):
-                self._supervisor.ended(beat.replica_id)
-        for kill in self._supervisor.decide():
-            await self._carry_out(kill)
-
-    async def _carry_out(self, kill: Kill) -> None:
-        try:
-            await asyncio.to_thread(_end, kill.actor)
-        except Exception as error:
-            logger.exception("replica %s could not be ended", kill.replica_id)
-            self._supervisor.not_ended(kill.replica_id, type(error).__name__)
 
     async def _look_at_deployments(self) -> None:
         status = await asyncio.to_thread(serve.status)
@@ -121,20 +101,6 @@ def settings_of(config: HealthConfig) -> HealthSettings:
         replacement_s=max(60.0, 2 * stall_after_s),
         forgive_after_s=max(120.0, 4 * stall_after_s),
     )
-
-
-async def _forever(step: Callable[[], Awaitable[None]], every_s: float) -> None:
-    """One that goes wrong must not stop the next."""
-    failing = False
-    while True:
-        await asyncio.sleep(every_s)
-        try:
-            await step()
-            failing = False
-        except Exception as error:
-            if not failing:
-                logger.warning("a round of the health actor failed: %s: %s", type(error).__name__, error)
-            failing = True
 
 
 def _has_ended(actor: str) -> bool:

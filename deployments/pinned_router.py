@@ -40,7 +40,10 @@ class PinnedRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
     def _publish(self) -> None:
         replicas = tuple(self.curr_replicas.values())
         self._by_pin = {r.replica_id.unique_id: r for r in replicas}
-        live = tuple(ReplicaInfo(r.replica_id.unique_id, node=r.node_id or "") for r in replicas)
+        live = tuple(
+            ReplicaInfo(r.replica_id.unique_id, node=r.node_id or "", actor=r.replica_id.to_full_id_str())
+            for r in replicas
+        )
         key = f"{self._deployment_id.app_name}#{self._deployment_id.name}"
         state.live_sets.set_prober(key, self._probe_soon)
         state.live_sets.publish(key, live)

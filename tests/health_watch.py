@@ -76,8 +76,24 @@ class HealthWatch:
 
     def news(self) -> News:
         """The answer to such a report."""
-        counters = tuple(ReplicaCounters(p.id, p.model, 0, 1.0, 0, 0) for p in self.patients.values())
-        return self.supervisor.report(RouterReport("router", (), counters))
+        counters = (
+            ReplicaCounters(
+                patient.id,
+                patient.model,
+                in_flight=0,
+                weight=1.0,
+                requests=0,
+                failures=0,
+                actor=f"actor-{patient.id}",
+                suspect=patient.id in self._suspects,
+            )
+            for patient in self.patients.values()
+        )
+        return self.supervisor.report(RouterReport("router", (), tuple(counters)))
+
+    def replace_actor(self) -> None:
+        """The health actor dies, and comes back without knowing anything."""
+        self.supervisor = Supervisor(self.settings, self.clock)
 
     def end(self, replica_id: ReplicaId) -> None:
         """Its process ends, and Serve brings another one."""

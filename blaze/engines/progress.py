@@ -42,11 +42,13 @@ class StepCounter:
         self._running = 0
         self._steps = 0
         self._last_step_at: float | None = None
-        self._timer: ThreadTimer | None = None
+        self._timers: list[ThreadTimer] = []
 
     def time_this_thread(self) -> None:
-        """Called by the compute thread: that it computes is a sign of progress in a long step."""
-        self._timer = ThreadTimer()
+        """Called by the compute thread, and by those that do a part of its work: that they compute is a sign
+        of progress where a step takes long."""
+        with self._lock:
+            self._timers.append(ThreadTimer())
 
     @contextmanager
     def queued(self) -> Iterator[None]:
@@ -94,5 +96,9 @@ class StepCounter:
                 steps_done=self._steps,
                 last_step_age_s=None if last is None else self._clock.now() - last,
                 detail=failed,
-                compute_cpu_s=None if self._timer is None else self._timer.cpu_s(),
+                compute_cpu_s=self._cpu_s(),
             )
+
+    def _cpu_s(self) -> float | None:
+        times = [time_s for timer in self._timers if (time_s := timer.cpu_s()) is not None]
+        return sum(times) if times else None

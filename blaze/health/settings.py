@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_PATIENCE = 10  # times stall_after_s
+_LEAST_PATIENCE_S = 300.0
+
 
 @dataclass(frozen=True, slots=True)
 class HealthSettings:
@@ -20,3 +23,14 @@ class HealthSettings:
     @property
     def suspect_after_s(self) -> float:
         return self.missed_probes * self.probe_period_s
+
+    @property
+    def patience_s(self) -> float:
+        """For a step that computes, and for a load that holds the interpreter: how long they take is the
+        model's doing, however soon a stall should be found."""
+        return max(_LEAST_PATIENCE_S, _PATIENCE * self.stall_after_s)
+
+    @property
+    def absent_after_s(self) -> float:
+        """So long without a sign of its own life, and the health actor was itself away."""
+        return self.suspect_after_s / 2

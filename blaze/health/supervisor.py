@@ -7,17 +7,19 @@ from collections.abc import Mapping
 from blaze.clock import Clock
 from blaze.control import Change, Control
 from blaze.health.conditions import DeploymentFacts, condition_of
+from blaze.health.controls import ControlKeeper
 from blaze.health.crash_loops import CrashLoops
 from blaze.health.journal import Journal
 from blaze.health.restarts import Kill, Restarts
+from blaze.health.router_reports import RouterReports
 from blaze.health.settings import HealthSettings
 from blaze.health.slots import Vacancies, slot_of
+from blaze.health.unheard import Unheard
 from blaze.health.view import ClusterView, ReplicaHealth
 from blaze.health.vitals import AilmentKind, Vitals
-from blaze.reports import Heartbeat, ModelCondition, News, PeerLoad, ReplicaState, RouterReport
+from blaze.reports import Heartbeat, ModelCondition, News, ReplicaState, RouterReport
 from blaze.types import ReplicaId
 
-SETTINGS_KEPT_S = 600.0  # of a replica that nobody sees: it may only be cut off, and come back
 _LATE_S = 5.0  # a heartbeat may come so long after its replica has ended
 _UNWELL = (ReplicaState.SUSPECT, ReplicaState.RESTARTING, ReplicaState.DEAD)  # nobody is sent there
 
@@ -34,25 +36,36 @@ class Supervisor:
         self._crash_loops = CrashLoops(settings, clock)
         self._vacancies = Vacancies(settings.forgive_after_s, clock)
         self._vitals: dict[ReplicaId, Vitals] = {}
+        self._unheard = Unheard()  # of them, those that Routers alone speak of
         self._shown: dict[ReplicaId, ReplicaState] = {}
         self._ended: dict[ReplicaId, float] = {}  # and when that was found
         self._out_of_reach: set[ReplicaId] = set()  # they could not be ended
-        self._reports: dict[str, tuple[float, RouterReport]] = {}
-        self._control = Control()
-        self._unseen_since: dict[ReplicaId, float] = {}  # replicas that operators have settings for
+        self._reports = RouterReports(settings)
+        self._control = ControlKeeper()
         self._facts: Mapping[str, DeploymentFacts] = {}  # by model
         self._conditions: dict[str, ModelCondition] = {}
-        self._heard_at = self._decided_at = clock.now()
+        self._heard_at = self._awake_at = clock.now()
 
     # --- What comes in -------------------------------------------------------------------------------
 
+    def awake(self) -> None:
+        """Called often. Where that did not happen for long, this actor has itself stood still, and then
+        everybody seems to have been silent."""
+        now = self._clock.now()
+        since, self._awake_at = now - self._awake_at, now
+        if since > self._settings.absent_after_s:
+            for vitals in self._vitals.values():
+                vitals.excuse(since, now)
+
     def heartbeat(self, heartbeat: Heartbeat) -> None:
+        self.awake()
         replica_id, now = heartbeat.replica_id, self._clock.now()
         self._heard_at = now
         if replica_id in self._ended:
             if now - self._ended[replica_id] < _LATE_S:
                 return  # its last one was still on the way
             del self._ended[replica_id]  # whoever said so was wrong
+        self._unheard.discard(replica_id)
         if replica_id in self._vitals:
             self._vitals[replica_id].hear(heartbeat, now)
         else:
@@ -60,14 +73,15 @@ class Supervisor:
 
     def report(self, report: RouterReport) -> News:
         """Take a Router's account, and tell it what it should know."""
+        self.awake()
         now = self._heard_at = self._clock.now()
-        self._reports[report.router_id] = (now, report)
-        if report.control.version > self._control.version:  # from before this actor came back
-            self._control = report.control
+        self._reports.take(report, now)
+        self._control.learn(report.control)
         self._forget_the_gone(now)
+        self._notice_unheard(now)
         return News(
-            self._control,
-            self._loads_beside(report.router_id),
+            self._control.latest,
+            self._reports.loads_beside(report.router_id, now),
             self._suspects(now),
             tuple(
                 (id, vitals.heartbeat.engine.prefixes)
@@ -78,23 +92,19 @@ class Supervisor:
             self._condemned(now),
         )
 
-    def change(self, change: Change, known: Control) -> Control:
-        """An operator's; every Router hears of it with its next report. ``known``: to the Router that brings
-        it, which may have seen more than an actor that has just come back."""
-        self._control = max(known, self._control, key=lambda control: control.version).after(change)
-        return self._control
+    def _notice_unheard(self, now: float) -> None:
+        found = self._unheard.find(self._reports.fresh(now), self._vitals.keys() | self._ended.keys())
+        for replica_id in [id for id in self._vitals if id in self._unheard and id not in found]:
+            self._forget(replica_id)
+        for replica_id, counters in found.items():
+            if replica_id not in self._vitals:
+                self._vitals[replica_id] = Vitals(self._unheard.stand_in(counters), now, self._settings)
+            if counters.suspect:
+                self._vitals[replica_id].doubt()
 
-    def _loads_beside(self, router_id: str) -> tuple[tuple[ReplicaId, PeerLoad], ...]:
-        loads: dict[ReplicaId, PeerLoad] = {}
-        limit = self._clock.now() - self._settings.suspect_after_s
-        for other, (at, report) in self._reports.items():
-            if other != router_id and at >= limit:
-                for replica in report.replicas:
-                    known = loads.get(replica.replica_id, PeerLoad())
-                    loads[replica.replica_id] = PeerLoad(
-                        known.in_flight + replica.in_flight, known.cost + replica.cost
-                    )
-        return tuple(loads.items())
+    def change(self, change: Change, known: Control) -> Control:
+        """An operator's; every Router hears of it with its next report. ``known``: to who brings it."""
+        return self._control.change(change, known)
 
     def _suspects(self, now: float) -> tuple[ReplicaId, ...]:
         """Also those that have ended, for as long as Routers may pick them."""
@@ -140,8 +150,8 @@ class Supervisor:
 
     def decide(self) -> tuple[Kill, ...]:
         """Called once a period: the replicas that are to be ended now."""
+        self.awake()
         now = self._clock.now()
-        self._excuse_own_absence(now)
         # When nothing at all is heard, neither of replicas nor of Routers, it is this actor that is cut off.
         cut_off = now - self._heard_at > self._settings.suspect_after_s
         kills = () if cut_off else self._restarts.decide(self._vitals)
@@ -173,9 +183,8 @@ class Supervisor:
         if vitals is not None:
             beat, before = vitals.heartbeat, self._health(vitals, self._clock.now()).state
             self._journal.note(beat.model, replica_id, before, "gone", "its process has ended")
-            if before is not ReplicaState.RESTARTING:
-                reports = (report for _, report in self._reports.values())
-                at_work = beat.engine.work_pending > 0 or any(r.had_requests_on(replica_id) for r in reports)
+            if before is not ReplicaState.RESTARTING and replica_id not in self._unheard:
+                at_work = beat.engine.work_pending > 0 or self._reports.had_requests_on(replica_id)
                 self._crash_loops.died(slot_of(beat), "the process has ended by itself", at_work=at_work)
             self._ended[replica_id] = self._clock.now()
             self._forget(replica_id)
@@ -191,15 +200,9 @@ class Supervisor:
             self._journal.note(vitals.heartbeat.model, replica_id, ReplicaState.RESTARTING, state, reason)
             self._shown[replica_id] = state
 
-    def _excuse_own_absence(self, now: float) -> None:
-        """This actor may itself have stood still, and then everybody seems to have been silent."""
-        since, self._decided_at = now - self._decided_at, now
-        if since > self._settings.suspect_after_s:
-            for vitals in self._vitals.values():
-                vitals.excuse(since, now)
-
     def _forget(self, replica_id: ReplicaId) -> None:
         self._vitals.pop(replica_id, None)
+        self._unheard.discard(replica_id)
         self._shown.pop(replica_id, None)
         self._out_of_reach.discard(replica_id)
         self._restarts.gone(replica_id)
@@ -209,15 +212,13 @@ class Supervisor:
     def view(self) -> ClusterView:
         now = self._clock.now()
         self._forget_the_gone(now)
-        replicas = [self._health(vitals, now) for vitals in self._vitals.values()]
+        heard = [vitals for id, vitals in self._vitals.items() if id not in self._unheard]
+        replicas = [self._health(vitals, now) for vitals in heard]
         replicas.sort(key=lambda replica: (replica.heartbeat.model, replica.heartbeat.rank))
-        reports = sorted(self._reports.values(), key=lambda r: r[1].router_id)
-        limit = now - self._settings.suspect_after_s
         return ClusterView(
             replicas=tuple(replicas),
-            reports=tuple(report for at, report in reports if at >= limit),
-            # The work of a Router that has died ends with it; its counters are kept for a while.
-            silent=tuple(report.without_load() for at, report in reports if at < limit),
+            reports=self._reports.fresh(now),
+            silent=self._reports.silent(now),
             events=self._journal.events(),
             restarts=self._journal.restarts(),
             conditions=self._conditions_now(now),
@@ -262,7 +263,7 @@ class Supervisor:
     # --- What is forgotten ---------------------------------------------------------------------------
 
     def _forget_the_gone(self, now: float) -> None:
-        limit, routed_to = self._settings.stall_after_s, self._routed_to()
+        limit, routed_to = self._settings.stall_after_s, self._reports.routed_to()
         # Who can be ended is, before that. Who is silent is suspect for as long as Routers may pick it.
         silent = [id for id, vitals in self._vitals.items() if now - vitals.heard_at > 2 * limit]
         for replica_id in silent:
@@ -271,21 +272,5 @@ class Supervisor:
         for replica_id in [id for id, at in self._ended.items() if now - at > limit]:
             if replica_id not in routed_to:
                 del self._ended[replica_id]
-        for router_id in [key for key, (at, _) in self._reports.items() if now - at > limit]:
-            del self._reports[router_id]
-        self._forget_settings(now)
-
-    def _routed_to(self) -> set[ReplicaId]:
-        return {replica.replica_id for _, report in self._reports.values() for replica in report.replicas}
-
-    def _forget_settings(self, now: float) -> None:
-        """Of replicas that have neither sent a heartbeat nor been in a Router's live set for long. The time
-        begins when that is first noticed: this actor may have been away, too."""
-        seen = self._vitals.keys() | self._routed_to()
-        self._unseen_since = {
-            replica_id: self._unseen_since.get(replica_id, now)
-            for replica_id in self._control.replica_ids - seen
-        }
-        gone = [id for id, since in self._unseen_since.items() if now - since > SETTINGS_KEPT_S]
-        if gone:
-            self._control = self._control.without(gone)
+        self._reports.forget_silent(now)
+        self._control.forget_unseen(self._vitals.keys() | self._reports.routed_to(), now)

@@ -89,6 +89,8 @@ def _sum_replica(parts: list[ReplicaCounters]) -> ReplicaCounters:
         breaker=max((part.breaker for part in parts), key=_HOW_OPEN.index),
         draining=all(part.draining for part in parts),  # none of them sends it requests any more
         node=first.node,
+        actor=first.actor,
+        suspect=any(part.suspect for part in parts),
     )
 
 

@@ -9,7 +9,6 @@ from blaze.health.settings import HealthSettings
 from blaze.reports import EngineStatus, Heartbeat, ReplicaState
 
 GOOD_HEARTBEATS = 2  # in a row, and who was silent is well again
-PATIENCE = 10  # times stall_after_s: for a step that computes, and for a model that loads
 _BUSY_SHARE = 0.05  # of a processor: a busy thread on a machine that has twenty times too much to do
 _LEAST_CPU_S = 0.005  # what waking up from time to time costs a thread that waits
 
@@ -32,12 +31,13 @@ class Vitals:
     """One replica's signs of life, and of progress.
 
     Engines count steps, but a step may be long: a large prefill, a denoiser's step of 30 s, the decoding of a
-    large picture. So the processor time of the compute thread counts as progress, too. It is that thread's
-    alone and not the process's: an event loop and Ray's own threads use a few percent in a process whose
-    compute thread waits for a lock for ever, while a thread that leads OpenMP workers computes as much as
-    they do. Because a thread can also compute for ever, it has to make a step after all within ``PATIENCE``
-    times the usual time. Steps are not asked of a model that loads, for it serves nobody yet; and a load may
-    hold the interpreter, so it may be silent for as much longer.
+    large picture. So the processor time of the compute thread counts as progress, too, and that of the
+    threads that encode images for it, for it may have nothing to do meanwhile. It is theirs alone and not the
+    process's: an event loop and Ray's own threads use a few percent in a process whose compute thread waits
+    for a lock for ever, while a thread that leads OpenMP workers computes as much as they do. Because a
+    thread can also compute for ever, it has to make a step after all within ``patience_s``. Steps are not
+    asked of a model that loads, for it serves nobody yet; and a load may hold the interpreter, so it may be
+    silent for as long.
 
     All of it is judged by heartbeats alone: what a replica did after the last one is not known.
     """
@@ -77,6 +77,10 @@ class Vitals:
         """Whoever listens was itself away for so long: it could not have heard anything."""
         self.heard_at = min(now, self.heard_at + seconds)
 
+    def doubt(self) -> None:
+        """It was silent, as others say: it is well again when it is heard again."""
+        self._good_again = 0
+
     def is_silent(self, now: float) -> bool:
         return now - self.heard_at > self._settings.suspect_after_s
 
@@ -93,13 +97,13 @@ class Vitals:
         """Why it is still not ready, when that takes very long. Nobody can tell from outside whether a large
         model comes over a slow line or a load hangs: so it is told, and no replica is ended for it."""
         since_s = now - self._loading_since
-        if self.state(now) is ReplicaState.STARTING and since_s > PATIENCE * self._settings.stall_after_s:
+        if self.state(now) is ReplicaState.STARTING and since_s > self._settings.patience_s:
             return f"it has been loading for {since_s:.0f} s"
         return ""
 
     def ailment(self, now: float) -> Ailment | None:
         engine, silent_s = self.heartbeat.engine, now - self.heard_at
-        patience_s = PATIENCE * self._settings.stall_after_s
+        patience_s = self._settings.patience_s
         limit_s = patience_s if engine.state == "loading" else self._settings.stall_after_s
         if engine.state == "failed":
             return Ailment(AilmentKind.FAILED, engine.detail or "the engine has failed")

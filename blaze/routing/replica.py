@@ -22,12 +22,14 @@ class ReplicaInfo:
     node: str = ""
     weight: float = 1.0
     ready: bool = True  # False: no new requests, but what runs there goes on
+    actor: str = ""  # the name by which it can be ended, where it has one
 
 
 class Replica:
     """What one router knows of one replica, but for the columns."""
 
     __slots__ = (
+        "actor",
         "cost",
         "drained_until",
         "failures",
@@ -47,6 +49,7 @@ class Replica:
 
     def __init__(self, info: ReplicaInfo, now: float) -> None:
         self.id = info.id
+        self.actor = info.actor
         self.node = info.node
         self.ready = info.ready
         self.in_flight = 0  # from here, as is ``cost``
@@ -141,4 +144,6 @@ def counters_of(model: str, replica: Replica, columns: Columns, place: int, brea
         breaker=breaker,
         draining=replica.draining,
         node=replica.node,
+        actor=replica.actor,
+        suspect=replica.suspect,
     )

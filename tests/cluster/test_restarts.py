@@ -67,6 +67,11 @@ def is_gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+def health_actor(app: Served) -> psutil.Process:
+    (actor,) = [p for p in processes(app.cluster.cluster_id) if any("Health" in part for part in p.cmdline())]
+    return actor
+
+
 def test_a_frozen_replica_is_replaced_in_time_and_no_answer_changes(app: Served) -> None:
     eventually(lambda: states(app, "sim") == ["ready", "ready"])
     expected = all_of(app, "sim")
@@ -127,10 +132,26 @@ def test_without_the_health_actor_serving_goes_on_and_it_comes_back_with_its_pic
     eventually(lambda: states(app, "sim") == ["ready", "ready"])
     before = {replica["id"] for replica in app.replicas("sim")}
     expected = all_of(app, "sim")
-    (actor,) = [p for p in processes(app.cluster.cluster_id) if any("Health" in part for part in p.cmdline())]
-    actor.kill()
+    health_actor(app).kill()
     assert all_of(app, "sim") == expected
     eventually(lambda: {replica["id"] for replica in app.replicas("sim")} == before, within_s=60)
     assert states(app, "sim") == ["ready", "ready"]
     told = [event["replica_id"] for event in app.status()["events"] if event["about"] == "replica"]
     assert before.isdisjoint(told)  # it has found nobody unwell, and ended nobody
+
+
+def test_a_replica_that_froze_before_the_health_actor_came_back_is_replaced(app: Served) -> None:
+    eventually(lambda: states(app, "sim") == ["ready", "ready"])
+    victim = app.replicas("sim")[0]
+    os.kill(victim["pid"], signal.SIGSTOP)
+    try:
+        health_actor(app).kill()
+        eventually(
+            lambda: is_gone(victim["pid"]) and states(app, "sim") == ["ready", "ready"],
+            within_s=45.0,  # Serve's own checks would take 90 s
+        )
+    finally:
+        if not is_gone(victim["pid"]):
+            os.kill(victim["pid"], signal.SIGKILL)
+    told = [event["after"] for event in app.status()["events"] if event["replica_id"] == victim["id"]]
+    assert told[:3] == ["suspect", "restarting", "gone"]

@@ -38,8 +38,8 @@ MOST_APART = 1e-4  # of pixels and latents, relative
 class Keeper(ImageWriter):
     """Keeps the pixels of images instead of encoding them."""
 
-    def __init__(self, bell: Bell) -> None:
-        super().__init__(bell, NonFiniteCounter())
+    def __init__(self, bell: Bell, progress: StepCounter) -> None:
+        super().__init__(bell, NonFiniteCounter(), progress)
         self.kept: dict[str, Sequence[Pixels]] = {}
 
     def finish(self, job: Job, images: Sequence[Pixels]) -> None:
@@ -56,12 +56,13 @@ class Easel:
         self._loaded = loaded
         self._watch(monkeypatch)
         self._bell, self._clock = Bell(), SystemClock()
-        self.writer = Keeper(self._bell)
+        progress = StepCounter(self._clock)
+        self.writer = Keeper(self._bell, progress)
         self.loop = DiffusionLoop(
             loaded,
             DiffusionConfig(max_batch_size=8),
             writer=self.writer,
-            progress=StepCounter(self._clock),
+            progress=progress,
             counter=NonFiniteCounter(),
             stopping=threading.Event(),
         )

@@ -67,8 +67,8 @@ class Bench:
         self.pipeline.unet.before = self.before_forward
         self.bell = Bell()
         counter = NonFiniteCounter()
-        self.writer = ImageWriter(self.bell, counter)
         self.progress = StepCounter(self.clock)
+        self.writer = ImageWriter(self.bell, counter, self.progress)
         self.loop = DiffusionLoop(
             fake_pipeline(self.pipeline, whole_because="the test says so" if whole else None),
             DiffusionConfig(max_batch_size=MAX_IMAGES, deterministic=deterministic),

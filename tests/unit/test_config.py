@@ -78,6 +78,11 @@ def test_all_strategies_are_accepted(name: str) -> None:
         ({"router": {"request_timeout_s": math.inf}}, "router.request_timeout_s: "),
         ({"router": {"max_body_byte": 1}}, "router.max_body_byte: "),
         ({"health": {"stall_after_s": 0}}, "health.stall_after_s: "),
+        ({"health": {"missed_probes": 1}}, "health.missed_probes: "),
+        ({"health": {"stall_after_s": 1.0}}, "health: stall_after_s 1 must be above 4, "),
+        ({"health": {"stall_after_s": 4.0}}, "health: stall_after_s 4 must be above 4, "),
+        ({"health": {"probe_period_s": 40.0}}, "health: stall_after_s 30 must be above 160, "),
+        ({"health": {"missed_probes": 29}}, "health: stall_after_s 30 must be above 30, "),
     ],
 )
 def test_case_27_a_wrong_setting_is_named_with_its_path(args: dict[str, Any], path: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,8 +15,9 @@ from blaze.engines.diffusion.counter import NonFiniteCounter
 from blaze.engines.diffusion.images import Pixels
 from blaze.engines.diffusion.job import Job
 from blaze.engines.diffusion.writer import ImageWriter
+from blaze.engines.progress import StepCounter
 from blaze.reports import DiffusionStatus
-from blaze.types import Event, Failed, Finished, ImageReady, PartialImage
+from blaze.types import EngineKind, Event, Failed, Finished, ImageReady, PartialImage
 from tests.fakes import FakeClock
 from tests.samples import collect, image_request
 from tests.waiting import until
@@ -25,7 +27,12 @@ class WriterBench:
     def __init__(self) -> None:
         self.bell = Bell()
         self.counter = NonFiniteCounter()
-        self.writer = ImageWriter(self.bell, self.counter)
+        self.progress = StepCounter(FakeClock())
+        self.writer = ImageWriter(self.bell, self.counter, self.progress)
+
+    @property
+    def cpu_s(self) -> float | None:
+        return self.progress.status(EngineKind.DIFFUSION, loaded=True, failed=None).compute_cpu_s
 
     def job(self, **options: Any) -> Job:
         return Job(image_request(**options), EventChannel(self.bell), FakeClock())
@@ -138,3 +145,27 @@ async def test_nothing_is_encoded_for_one_that_has_left(
     bench.writer.finish(job, [grey()])
     await until(lambda: bench.writer.num_unfinished == 0)
     assert encoded == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no clocks of their own there")
+async def test_encoding_is_a_sign_of_progress_and_waiting_to_encode_is_none(
+    bench: WriterBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compute thread may have nothing to do meanwhile, and the request is pending all the same."""
+    encode, waiting, go_on = writer_module.encode, threading.Event(), threading.Event()
+
+    def encode_later(image: Any, image_format: Any, compression: Any = None) -> bytes:
+        waiting.set()
+        assert go_on.wait(30)
+        return encode(image, image_format, compression)
+
+    assert bench.cpu_s is None
+    monkeypatch.setattr(writer_module, "encode", encode_later)
+    job = bench.job()
+    bench.writer.finish(job, [np.random.default_rng(0).random((512, 512, 3), dtype=np.float32)])
+    await until(waiting.is_set)
+    before = bench.cpu_s
+    assert before is not None
+    go_on.set()
+    assert kinds(await events_of(job)) == [ImageReady, Finished]
+    assert (bench.cpu_s or 0.0) - before > 0.005  # what Vitals asks for at least

@@ -9,7 +9,6 @@ import pytest
 from blaze.health.conditions import DeploymentFacts
 from blaze.health.journal import EVENTS
 from blaze.health.settings import HealthSettings
-from blaze.health.vitals import PATIENCE
 from blaze.reports import ModelCondition, ReplicaState
 from tests.health_watch import HealthWatch, Patient
 from tests.samples import heartbeat
@@ -268,6 +267,42 @@ def test_an_actor_that_stood_still_itself_ends_nobody() -> None:
     assert cluster.killed == []
 
 
+def test_after_it_stood_still_nobody_is_suspect_and_silence_is_counted_anew() -> None:
+    cluster = watch("a", "b")
+    cluster.clock.advance(1000.0)
+    assert cluster.report() == ()  # though a report comes before anything else
+    cluster.patients["a"].fault = "frozen"
+    cluster.run(2)
+    assert cluster.report() == ()
+    cluster.run(2)
+    assert cluster.report() == ("a",)
+
+
+def test_decisions_that_come_late_are_no_absence() -> None:
+    cluster = watch("a", "b")
+    cluster.patients["a"].fault = "frozen"
+    for second in range(12):
+        cluster.clock.advance(1.0)
+        cluster.supervisor.heartbeat(heartbeat("b", rank=1, actor="actor-b"))
+        if second % 4 == 3:
+            cluster.kills.extend((cluster.now, kill) for kill in cluster.supervisor.decide())
+    assert cluster.killed == ["a"]
+
+
+def test_probes_that_are_far_apart_are_no_absence() -> None:
+    """Whether this actor stands still has nothing to do with how often it hears of others."""
+    cluster = HealthWatch(HealthSettings(probe_period_s=5.0, missed_probes=1, stall_after_s=30.0))
+    cluster.add("a", "b")
+    cluster.run(10)
+    cluster.patients["a"].fault = "frozen"
+    for _ in range(8):
+        for _ in range(4):
+            cluster.clock.advance(1.25)
+            cluster.supervisor.awake()
+        cluster.run(5.0)
+    assert cluster.killed == ["a"]
+
+
 def test_an_actor_that_hears_nothing_at_all_is_cut_off_and_ends_nobody() -> None:
     cluster = watch("a", "b")
     for patient in cluster.patients.values():
@@ -312,10 +347,10 @@ def test_every_decision_is_an_event_with_a_reason() -> None:
 def test_a_load_that_takes_very_long_is_told_and_nobody_is_ended_for_it() -> None:
     cluster = watch()
     cluster.patients["a"] = Patient("a", fault="loading")
-    cluster.run(PATIENCE * SETTINGS.stall_after_s)
+    cluster.run(SETTINGS.patience_s)
     assert cluster.condition() == ModelCondition("m", "loading")
     cluster.run(2)
-    told, replica = "it has been loading for 101 s", cluster.replica("a")
+    told, replica = "it has been loading for 301 s", cluster.replica("a")
     assert cluster.condition() == ModelCondition("m", "loading", "a replica takes very long to load", told)
     assert (replica and replica.state, replica and replica.reason) == (ReplicaState.STARTING, told)
     cluster.patients["a"].fault = ""

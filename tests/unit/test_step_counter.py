@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 
 import pytest
 
@@ -105,3 +106,23 @@ def test_the_processor_time_of_the_compute_thread_is_told_until_it_ends() -> Non
     goes_on.set()
     thread.join()
     eventually(lambda: status(counter).compute_cpu_s is None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no clocks of their own there")
+def test_the_processor_times_of_all_threads_that_work_are_added_up() -> None:
+    counter, over = StepCounter(FakeClock()), threading.Event()
+
+    def compute() -> None:
+        counter.time_this_thread()
+        before = time.thread_time()
+        while time.thread_time() - before < 0.05:
+            sum(range(1000))
+        over.wait(10)
+
+    threads = [threading.Thread(target=compute) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: (status(counter).compute_cpu_s or 0.0) > 0.1)
+    over.set()
+    for thread in threads:
+        thread.join()

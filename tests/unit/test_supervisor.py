@@ -13,8 +13,9 @@ from blaze.control import (
     SetStrategy,
     SetWeight,
 )
+from blaze.health.controls import SETTINGS_KEPT_S
 from blaze.health.settings import HealthSettings
-from blaze.health.supervisor import SETTINGS_KEPT_S, Supervisor
+from blaze.health.supervisor import Supervisor
 from blaze.health.view import ReplicaHealth
 from blaze.reports import TTFT_BUCKETS_S, ModelCounters, ReplicaCounters, ReplicaState, RouterReport
 from tests.fakes import FakeClock
@@ -27,6 +28,13 @@ class Watch:
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.supervisor = Supervisor(SETTINGS, self.clock)
+
+    def wait(self, seconds: float) -> None:
+        """Time in which the actor itself is awake."""
+        until = self.clock.now() + seconds
+        while (left := until - self.clock.now()) > 0:
+            self.clock.advance(min(1.0, left))
+            self.supervisor.awake()
 
     def replica(self, replica_id: str = "a") -> ReplicaHealth | None:
         found = [r for r in self.supervisor.view().replicas if r.heartbeat.replica_id == replica_id]
@@ -256,7 +264,7 @@ def test_a_replica_that_falls_silent_is_dead_before_its_settings_begin_to_age() 
     watch = Watch()
     watch.supervisor.heartbeat(heartbeat("a"))
     control = decided(watch, "a")
-    watch.clock.advance(2 * SETTINGS.stall_after_s + 0.01)
+    watch.wait(2 * SETTINGS.stall_after_s + 0.01)
     assert followed(watch) == control
     watch.clock.advance(SETTINGS_KEPT_S)
     assert followed(watch) == control
@@ -321,7 +329,7 @@ def test_who_was_silent_is_well_again_after_two_heartbeats() -> None:
     watch = Watch()
     states = []
     for wait_s in (0.0, 4.0, 1.0, 1.0):
-        watch.clock.advance(wait_s)
+        watch.wait(wait_s)
         watch.supervisor.heartbeat(heartbeat("a"))
         states.append(watch.state())
     assert states == [ReplicaState.READY, ReplicaState.SUSPECT, ReplicaState.READY, ReplicaState.READY]

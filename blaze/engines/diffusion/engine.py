@@ -92,7 +92,7 @@ class DiffusionEngine(ThreadedEngine[Job, LoadedPipeline]):
     # --- The compute thread ------------------------------------------------------------------------
 
     def _work(self, loaded: LoadedPipeline) -> None:
-        writer = ImageWriter(self._bell, self._counter)
+        writer = ImageWriter(self._bell, self._counter, self._progress)
         lanes = lanes_for(loaded, self._options, self._threads)
         loop = DiffusionLoop(
             loaded,

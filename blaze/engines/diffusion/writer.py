@@ -12,6 +12,7 @@ from blaze.engines.diffusion.counter import NonFiniteCounter
 from blaze.engines.diffusion.images import Pixels, encode, to_image
 from blaze.engines.diffusion.job import Job
 from blaze.engines.diffusion.parameters import seeds
+from blaze.engines.progress import StepCounter
 from blaze.errors import BlazeError, EngineFailure
 from blaze.types import Event, Failed, Finished, ImageReady, PartialImage, Usage
 
@@ -21,10 +22,15 @@ logger = logging.getLogger(__name__)
 class ImageWriter:
     """Puts the images of jobs into their channels, those of one job in order."""
 
-    def __init__(self, bell: Bell, counter: NonFiniteCounter, *, threads: int = 2) -> None:
+    def __init__(
+        self, bell: Bell, counter: NonFiniteCounter, progress: StepCounter, *, threads: int = 2
+    ) -> None:
         self._bell = bell
         self._counter = counter
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image-writer")
+        # A drawn image is work that is pending while it is encoded, and nothing else may be to do.
+        self._pool = ThreadPoolExecutor(
+            threads, thread_name_prefix="image-writer", initializer=progress.time_this_thread
+        )
         self._lock = threading.Lock()
         self._unfinished = 0
 
