@@ -16,9 +16,7 @@ from tests.waiting import until, until_status
 
 
 def cpu_s(bench: EngineBench) -> float:
-    timer = bench.engine._progress._timer
-    assert timer is not None
-    found = timer.cpu_s()
+    found = bench.engine._progress._cpu_s()
     assert found is not None
     return found
 
