@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from ray.serve._private.build_app import build_app as build
 from ray.serve._private.config import DeploymentConfig
@@ -15,6 +16,17 @@ from ray.serve._private.deploy_utils import get_deploy_args
 
 from deployments.app import build_app
 from tests.cluster.served import simulator
+
+
+class _Driver:
+    def get_job_id(self) -> str:
+        return "01000000"
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve asks who deploys, and Ray would start a cluster to be able to tell."""
+    monkeypatch.setattr(ray, "get_runtime_context", _Driver)
 
 
 def deployed(args: dict[str, Any], *, code_version: str = "of all") -> dict[str, DeploymentConfig]:
