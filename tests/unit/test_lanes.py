@@ -60,22 +60,32 @@ def used(fastest: Fastest, key: str, ways: dict[int, float], times: int) -> list
 
 
 def test_each_way_is_tried_and_the_fastest_kept() -> None:
-    found = used(Fastest(), "a", {1: 3.0, 2: 1.0, 4: 2.0}, 100)
+    found = used(Fastest(), "a", {1: 0.03, 2: 0.01, 4: 0.02}, 100)
     assert Counter(found[:9]) == {1: 3, 2: 3, 4: 3}
     assert set(found[9:]) == {2}
 
 
 def test_other_keys_are_measured_by_themselves() -> None:
     fastest = Fastest()
-    assert used(fastest, "a", {1: 2.0, 2: 1.0}, 20)[-1] == 2
-    assert used(fastest, "b", {1: 1.0, 2: 2.0}, 20)[-1] == 1
+    assert used(fastest, "a", {1: 0.2, 2: 0.1}, 20)[-1] == 2
+    assert used(fastest, "b", {1: 0.1, 2: 0.2}, 20)[-1] == 1
     assert used(fastest, "a", {1: 0.0, 2: 0.0}, 1) == [2], "what it has found before"
 
 
 def test_a_machine_that_has_become_busy_is_noticed_in_the_end() -> None:
     fastest = Fastest()
-    assert used(fastest, "a", {1: 2.0, 2: 1.0}, 1000)[-1] == 2
-    assert used(fastest, "a", {1: 2.0, 2: 3.0}, 1100)[-1] == 1
+    assert used(fastest, "a", {1: 0.2, 2: 0.1}, 1000)[-1] == 2
+    assert used(fastest, "a", {1: 0.2, 2: 0.3}, 1100)[-1] == 1
+
+
+def test_where_the_first_way_takes_long_no_other_is_tried() -> None:
+    assert used(Fastest(), "a", {2: 0.3, 1: 0.1}, 100) == [2] * 100
+
+
+def test_one_slow_trial_of_the_first_way_settles_nothing() -> None:
+    fastest = Fastest()
+    assert used(fastest, "a", {2: 0.3, 1: 0.1}, 1) == [2]
+    assert used(fastest, "a", {2: 0.02, 1: 0.01}, 20)[-1] == 1
 
 
 def test_one_way_is_not_tried() -> None:
@@ -140,7 +150,7 @@ def test_two_threads_compute_a_half_each(lanes: Lanes) -> None:
 def test_first_the_number_of_math_threads_is_tried_then_that_of_lanes() -> None:
     clock = FakeClock()
     lanes, before = Lanes(THREADS, clock), torch.get_num_threads()
-    forward = Recorder(clock, lambda rows, threads: rows * (3.0 if threads == 2 else 1.0))
+    forward = Recorder(clock, lambda rows, threads: rows * (0.03 if threads == 2 else 0.01))
     in_lanes(lanes, forward, 7, times=20)
     assert Counter(forward.seen[:TRIALS_OF_THREADS]) == {(7, 1): 3, (7, 2): 3}
     assert set(forward.seen[TRIALS_OF_THREADS:]) == {(7, 1)}
@@ -155,7 +165,7 @@ def test_first_the_number_of_math_threads_is_tried_then_that_of_lanes() -> None:
 def test_where_math_threads_help_lanes_share_them() -> None:
     clock = FakeClock()
     lanes, before = Lanes(4, clock), torch.get_num_threads()
-    forward = Recorder(clock, lambda rows, threads: rows / threads)
+    forward = Recorder(clock, lambda rows, threads: rows / threads / 100)
     in_lanes(lanes, forward, 16, times=20)
     assert {seen for seen in forward.seen if seen[0] < 16} == {(8, 2), (4, 1)}
     assert torch.get_num_threads() == 4

@@ -27,6 +27,7 @@ ROWS_IN_A_LANE = 4  # at least: with fewer, no denoiser gains
 _TRIALS = 3  # of each way; the first one also allocates
 _USES = 2_000  # what was measured is forgotten after so many, for the machine may be busy with something else
 _MOST_KEYS = 1_000
+_LONG_S = 0.25  # of a forward: its operators are long enough to be shared, and trials would cost too much
 
 Forward = Callable[[], object]
 
@@ -44,7 +45,10 @@ class Fastest:
         self._measured: dict[Hashable, _Measured] = {}
 
     def choose(self, key: Hashable, ways: Sequence[int]) -> tuple[int, bool]:
-        """The way to go, and whether that is a trial. ``key``: what the time depends on; the ways too."""
+        """The way to go, and whether that is a trial. ``key``: what the time depends on; the ways too.
+
+        The first way is tried first; where it takes long, no other is.
+        """
         if len(ways) == 1:
             return ways[0], False
         measured = self._measured.get(key)
@@ -54,9 +58,11 @@ class Fastest:
             measured = self._measured[key] = _Measured(seconds={way: [] for way in ways})
         measured.uses += 1
         seconds = measured.seconds
-        fewest = min(ways, key=lambda way: len(seconds[way]))
-        if len(seconds[fewest]) < _TRIALS:
-            return fewest, True
+        untried = [way for way in ways if len(seconds[way]) < _TRIALS]
+        if len(seconds[ways[0]]) > 1 and min(seconds[ways[0]]) > _LONG_S:
+            return ways[0], False
+        if untried:
+            return untried[0], True
         return min(ways, key=lambda way: min(seconds[way])), False
 
     def note(self, key: Hashable, way: int, seconds: float) -> None:
